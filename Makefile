@@ -1,0 +1,33 @@
+# Thin names for commands. `make demo` and `make test` need nothing but Python 3.11 or newer.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: install demo test test-cluster lint clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install  ## the main job on digital phantoms, with a local Ray
+	$(BIN)/python jobs/tune_asl.py $(ARGS)
+
+test: install  ## what continuous integration runs
+	$(BIN)/ruff check raymed jobs tests
+	$(BIN)/pyright
+	$(BIN)/python -m pytest $(ARGS)
+
+test-cluster: install  ## longer: several workers and kills
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: install
+	$(BIN)/ruff check --fix raymed jobs tests
+	$(BIN)/ruff format raymed jobs tests
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) *.egg-info .pytest_cache .ruff_cache

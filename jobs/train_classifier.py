@@ -1,0 +1,45 @@
+"""Train a classifier of an imbalanced set of images: one method, one seed or several.
+
+    python jobs/train_classifier.py                                      # digital HSG phantoms
+    python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --method asl
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from raymed.tasks.classifier import ClassifierRecipe
+from raymed.train.compute import Compute
+from raymed.train.job import RunConfig, main, open_job
+from raymed.train.launch import run_one_by_one
+from raymed.train.results import report
+
+
+@dataclass(frozen=True)
+class TrainClassifier:
+    """One method over some seeds."""
+
+    recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")] = ClassifierRecipe()
+    seeds: tuple[int, ...] = (2023,)
+    """Trainings that differ in their randomness only."""
+    compute: Compute = Compute()
+    run: RunConfig = RunConfig()
+
+
+def recipe() -> TrainClassifier:
+    """The defaults."""
+    return TrainClassifier()
+
+
+def train(config: TrainClassifier) -> Path:
+    """Train each seed and report."""
+    with open_job("train_classifier", config) as job:
+        units = [job.unit(f"seed-{seed}", seed) for seed in config.seeds]
+        run_one_by_one(job, units)
+        return report(job, {config.recipe.method: units})
+
+
+if __name__ == "__main__":
+    main(recipe, train)

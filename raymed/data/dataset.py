@@ -1,0 +1,238 @@
+"""Manifest, images and split together: what training and evaluation see of the data.
+
+    read_manifest -> patients on one side -> decode once -> duplicates on one side -> DataSet -> Batch
+
+Patients and cases are numbers here, in order of appearance; their identifiers go no further than the table.
+"""
+
+import hashlib
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from raymed.data import splits
+from raymed.data.cache import Decoded, decode
+from raymed.data.manifest import SPLITS, DataConfig, Manifest, read_manifest
+from raymed.data.preprocess import Preprocess
+from raymed.data.problems import Problem, rows_text, settle
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some images of a data set.
+
+    image: (B, C, H, W) uint8 or uint16, None where `cached` holds what is made of it. label: (B,) int64, 1 = positive.
+    index: (B,) int64, row numbers in the manifest, from 1: what the randomness of a sample hangs on. cached: what a
+    frozen network makes of the images, each (B, ...).
+    """
+
+    image: Tensor | None
+    label: Tensor
+    index: Tensor
+    cached: dict[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same batch on a device."""
+        image = None if self.image is None else self.image.to(device)
+        cached = {name: tensor.to(device) for name, tensor in self.cached.items()}
+        return Batch(image, self.label.to(device), self.index.to(device), cached)
+
+    def slice(self, start: int, stop: int) -> "Batch":
+        """The samples start, ..., stop - 1."""
+        image = None if self.image is None else self.image[start:stop]
+        cached = {name: tensor[start:stop] for name, tensor in self.cached.items()}
+        return Batch(image, self.label[start:stop], self.index[start:stop], cached)
+
+    def unit_image(self) -> Tensor:
+        """The images as float32 in [0, 1] (B, C, H, W)."""
+        assert self.image is not None
+        return self.image.to(torch.float32) / torch.iinfo(self.image.dtype).max
+
+
+@dataclass
+class DataSet:
+    """N images with their labels and splits. Arrays have one entry an image; "index" below means 0, ..., N - 1.
+
+    classes: names of all classes. positive: the one to be found. labels: (N,) int64, 1 = positive. class_codes: (N,)
+    int64, index into classes. patients: (N,) int64 codes; without patients in the manifest, every image counts as one
+    (has_patients False). cases: codes, views and sides: text, or None. rows: (N,) int64 row numbers in the manifest,
+    from 1. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels and splits.
+    preprocess: with size, mean and std filled in. notes: what the user is to know, one line each.
+    """
+
+    classes: tuple[str, ...]
+    positive: str
+    labels: np.ndarray
+    class_codes: np.ndarray
+    patients: np.ndarray
+    has_patients: bool
+    cases: np.ndarray | None
+    views: np.ndarray | None
+    sides: np.ndarray | None
+    rows: np.ndarray
+    splits: dict[str, np.ndarray]
+    fingerprint: str
+    preprocess: Preprocess
+    notes: list[str]
+    pixels_path: Path
+    positions: np.ndarray
+    """(N,) rows of the array at pixels_path."""
+
+    def __post_init__(self) -> None:
+        self._pixels: np.ndarray = np.load(self.pixels_path, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Pickle would copy the whole memory map; the other side opens the file.
+        return {name: value for name, value in vars(self).items() if name != "_pixels"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.__post_init__()
+
+    def batch(self, indices: np.ndarray) -> Batch:
+        """The images at `indices` (B,), on the CPU."""
+        image = self._pixels[self.positions[indices]].transpose(0, 3, 1, 2)
+        label, index = self.labels[indices], self.rows[indices]
+        return Batch(torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(label), torch.from_numpy(index))
+
+    def summary(self) -> str:
+        """Images by split and class, patients by split, fingerprint and notes, as text."""
+        counts = pd.DataFrame(
+            {
+                split: {name: int((self.class_codes[i] == k).sum()) for k, name in enumerate(self.classes)}
+                | {"images": len(i), "patients": len(np.unique(self.patients[i])) if self.has_patients else "unknown"}
+                for split, i in self.splits.items()
+            }
+        ).rename(index={self.positive: f"{self.positive} (positive)"})
+        return "\n".join([counts.T.to_string(), f"data fingerprint {self.fingerprint}", *self.notes])
+
+
+def load(config: DataConfig, cache_dir: Path) -> DataSet:
+    """Read, check, decode and split a data set.
+
+    Args:
+        cache_dir: where decoded images are kept; the second call with the same data decodes nothing.
+
+    Raises:
+        UserError: whatever `read_manifest` and `decode` raise; images that cannot be read; a patient in two of the
+            given splits; too few patients to split; a split without positives or without others. Rows are named, and
+            with `config.on_problem = "skip"` left out where that helps.
+    """
+    manifest = read_manifest(config)
+    table, notes = manifest.table, manifest.notes
+    if "split" in table and "patient" in table:
+        problems = splits.crossing(table, "patient", "patient in a later split too")
+        advice = ", split afresh by patient (--data.split '')"
+        table = settle(table, problems, config.on_problem, notes, advice)
+    decoded = decode(list(table["source"]), config.preprocess, cache_dir)
+    table = table.assign(position=range(len(table)), pixels=decoded.hashes)
+    table = settle(table, _unreadable(table, decoded), config.on_problem, notes)
+    table = _split(table, manifest.positive, config, notes)
+    splits.check_filled(table, manifest.positive)
+    notes += splits.duplicate_notes(table)
+    return _data_set(table, manifest, config.preprocess, decoded)
+
+
+def _unreadable(table: pd.DataFrame, decoded: Decoded) -> list[Problem]:
+    rows, images = table["row"].tolist(), table["image"].tolist()
+    return [Problem(rows[i], "unreadable image", f"{images[i]}: {why}") for i, why in decoded.problems.items()]
+
+
+def _split(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
+    """The table with its column `split`: the given one without duplicates across it, or a new one."""
+    _note_patients(table, notes)
+    if "split" not in table:
+        fractions = (1 - config.val_fraction - config.test_fraction, config.val_fraction, config.test_fraction)
+        return table.assign(split=_assigned(table, positive, fractions, config.split_seed))
+    across = splits.crossing(table, "pixels", "exact duplicate of an image in a later split")
+    table = settle(table, across, "skip", notes)
+    present = set(table["split"])
+    if "val" in present or "train" not in present:
+        return table
+    notes.append(f"no val split is given: {config.val_fraction:.0%} of train is used")
+    train = table["split"] == "train"
+    part = _assigned(table[train], positive, (1 - config.val_fraction, config.val_fraction, 0), config.split_seed)
+    table.loc[train, "split"] = part
+    return table
+
+
+def _assigned(table: pd.DataFrame, positive: str, fractions: tuple[float, float, float], seed: int) -> list[str]:
+    labels, hashes = table["label"].tolist(), table["pixels"].tolist()
+    patients = table["patient"].tolist() if "patient" in table else None
+    groups = splits.linked(patients, hashes)
+    wanted = [name for name, fraction in zip(SPLITS, fractions, strict=True) if fraction]
+    splits.check_enough(groups, labels, positive, wanted, "patient" if patients else "image")
+    return splits.assign(groups, labels, positive, fractions, seed)
+
+
+def _note_patients(table: pd.DataFrame, notes: list[str]) -> None:
+    if "patient" not in table:
+        what = "images of one patient may be in two splits" if "split" in table else "the split is by image"
+        notes.append(f"no patient column: {what}, and figures may be too good (--data.patient COLUMN)")
+    elif (table["patient"] == "").any():
+        unknown = table.loc[table["patient"] == "", "row"].tolist()
+        notes.append(f"no patient is stated, each counts as one of its own: {rows_text(unknown)}")
+
+
+def _data_set(table: pd.DataFrame, manifest: Manifest, preprocess: Preprocess, decoded: Decoded) -> DataSet:
+    split = table["split"].to_numpy()
+    data = DataSet(
+        classes=manifest.classes,
+        positive=manifest.positive,
+        labels=(table["label"] == manifest.positive).to_numpy(np.int64),
+        class_codes=np.array([manifest.classes.index(label) for label in table["label"]], np.int64),
+        patients=_codes(table, "patient"),
+        has_patients="patient" in table,
+        cases=_codes(table, "case") if "case" in table else None,
+        views=table["view"].to_numpy(str) if "view" in table else None,
+        sides=table["side"].to_numpy(str) if "side" in table else None,
+        rows=table["row"].to_numpy(np.int64),
+        splits={name: np.flatnonzero(split == name) for name in SPLITS},
+        fingerprint=_fingerprint(table),
+        preprocess=replace(preprocess, size=decoded.size),
+        notes=manifest.notes,
+        pixels_path=decoded.path,
+        positions=table["position"].to_numpy(np.int64),
+    )
+    if preprocess.normalisation == "dataset" and (preprocess.mean is None or preprocess.std is None):
+        data.preprocess = replace(data.preprocess, **_measure(data))
+    return data
+
+
+def _codes(table: pd.DataFrame, column: str) -> np.ndarray:
+    """(N,) int64 numbers in order of appearance; an empty cell, or no such column, gets a number of its own."""
+    names = table[column] if column in table else pd.Series("", index=table.index)
+    own = "row " + table["row"].astype(str)
+    keys = pd.Series(list(zip(names, own.where(names == "", ""), strict=True)))
+    return pd.factorize(keys)[0].astype(np.int64)
+
+
+def _fingerprint(table: pd.DataFrame) -> str:
+    """sha256 of the images' content, class and split in the order of the manifest. File names do not count."""
+    digest = hashlib.sha256()
+    for values in zip(table["pixels"], table["label"], table["split"], strict=True):
+        digest.update("\0".join(values).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _measure(data: DataSet) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation of each channel over the training split, of values in [0, 1]."""
+    total, squares, num = torch.zeros(data.preprocess.channels, dtype=torch.float64), 0, 0
+    for indices in np.array_split(data.splits["train"], max(1, len(data.splits["train"]) // 256)):
+        image = data.batch(indices).unit_image().double()
+        total, squares = total + image.sum((0, 2, 3)), squares + (image**2).sum((0, 2, 3))
+        num += image[:, 0].numel()
+    mean = total / num
+    std = (squares / num - mean**2).sqrt()
+    return {"mean": tuple(mean.tolist()), "std": tuple(std.tolist())}

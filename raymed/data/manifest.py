@@ -1,0 +1,262 @@
+"""The manifest: a table with one row an image, and the config that says what its columns mean.
+
+CSV, TSV, Parquet or a MedMNIST npz. Everything in it is text: identifiers keep their leading zeros. Rows are counted
+from 1, as in the file.
+"""
+
+import difflib
+import re
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pandas as pd
+
+from raymed.config import UserError, check_choice, check_range
+from raymed.data.medmnist import read_archive
+from raymed.data.preprocess import Preprocess
+from raymed.data.problems import Problem, settle
+from raymed.data.readers import ImageFile, Source
+
+SPLITS = ("train", "val", "test")
+_SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
+    ("val", "valid", "validation"), "val"
+)
+_OPTIONAL = ("patient", "case", "view", "side", "frame", "split")
+_PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|dcm|dicom|nii(\.gz)?)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which images, which column means what, and what is to be found."""
+
+    manifest: str = "phantoms"
+    """A table with one row an image (CSV, TSV, Parquet), a MedMNIST npz, or "phantoms": drawn HSG X-rays."""
+    root: str | None = None
+    """The folder that image paths are relative to; None = that of the manifest."""
+    image: str = "image"
+    """Column with the image's path."""
+    label: str = "label"
+    """Column with the name of the class."""
+    patient: str | None = None
+    """Column that tells patients apart; None = a column called patient, patient_id or patientid; "" = not used."""
+    case: str | None = None
+    """Column with the case (study) of a patient; None = a column of that name; "" = not used."""
+    view: str | None = None
+    """Column with the view (AP, early, ...); None = a column of that name; "" = not used."""
+    side: str | None = None
+    """Column with the side of the finding; None = a column of that name; "" = not used."""
+    frame: str | None = None
+    """Column with the frame of a multi-frame DICOM object or the slice of a NIfTI volume, from 1; None = a column of
+    that name; "" = not used."""
+    split: str | None = None
+    """Column with train, val or test; None = a column of that name; "" = split afresh."""
+    positive: str | None = None
+    """The class to be found, against all others. It must be stated."""
+    classes: tuple[str, ...] = ()
+    """The classes there may be (for an npz: their names, by label number); empty = those in the table."""
+    on_problem: Literal["error", "skip"] = "error"
+    """A row that cannot be used: stop and list all of them, or leave them out and count them."""
+    val_fraction: float = 0.15
+    """Part of the images for validation, where no split is given."""
+    test_fraction: float = 0.2
+    """Part of the images for the final test, where no split is given."""
+    split_seed: int = 0
+    """Another number gives another split."""
+    deidentified: bool = False
+    """The images are known to show nobody's identity, and may be logged."""
+    preprocess: Preprocess = Preprocess()
+    """From pixels to the network's input."""
+
+    def __post_init__(self) -> None:
+        for field in ("val_fraction", "test_fraction"):
+            check_range(f"data.{field}", getattr(self, field), 0, 1, low_open=True, high_open=True)
+        held_out = self.val_fraction + self.test_fraction
+        check_range("data.val_fraction + data.test_fraction", held_out, high=1, high_open=True)
+        check_choice("data.on_problem", self.on_problem, ("error", "skip"))
+        if len(set(self.classes)) != len(self.classes):
+            raise UserError(f"data.classes names a class twice: {', '.join(self.classes)}")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A manifest that has been read and checked, but for its images.
+
+    table: row (from 1), image (as in the file), source (`readers.Source`), label (name of the class); of patient, case,
+    view, side, split (train, val, test) those there are. classes: in the order of `DataConfig.classes`, else sorted.
+    notes: what the user is to know.
+    """
+
+    table: pd.DataFrame
+    classes: tuple[str, ...]
+    positive: str
+    notes: list[str]
+
+
+def read_manifest(config: DataConfig) -> Manifest:
+    """Read and check the table.
+
+    Raises:
+        UserError: file missing, empty or damaged; a mapped column missing; rows that cannot be used (all of them are
+            listed); one class only; the positive class not stated or unknown.
+    """
+    path = Path(config.manifest).expanduser()
+    raw, names, sources = _read(path, config.classes)
+    if raw.empty:
+        raise UserError(f"{path} is empty: a header and one row an image are expected")
+    notes: list[str] = []
+    table = _map_columns(raw, config, path, notes)
+    problems = [*_cell_problems(table, names, config), *_split_problems(table)]
+    good = settle(table, problems, config.on_problem, notes)
+    root = Path(config.root).expanduser() if config.root else path.parent
+    table = _normal_form(good, [sources[row - 1] for row in good["row"]] if sources else _files(good, root))
+    table = settle(table, _duplicate_rows(table), config.on_problem, notes)
+    classes = names or tuple(sorted(set(table["label"])))
+    _check_classes(table, classes, config, notes)
+    return Manifest(table, classes, _positive(table["label"], config.positive), notes)
+
+
+def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], Sequence[Source]]:
+    """The table as text; the class names that are known without it; for an archive, where its images lie."""
+    if not path.is_file():
+        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
+        raise UserError(f"data.manifest: there is no file {path}{hint}")
+    if path.suffix == ".npz":
+        return read_archive(path, classes)
+    check_choice("data.manifest: the file's ending", path.suffix.lower(), (".csv", ".tsv", ".parquet", ".npz"))
+    try:
+        return _read_table(path), classes, ()
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path} is empty: a header and one row an image are expected") from error
+    except (ValueError, OSError) as error:  # includes pandas' ParserError, pyarrow's ArrowInvalid, wrong encodings
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    if path.suffix.lower() == ".parquet":
+        # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
+        table = pd.read_parquet(path).convert_dtypes()
+    else:
+        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        table = pd.read_csv(
+            path, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
+        )
+    text = table.astype("string").fillna("").astype(object)
+    return text.rename(columns=lambda name: str(name).strip()).map(str.strip)
+
+
+def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Path, notes: list[str]) -> pd.DataFrame:
+    """The columns that are used, under the names of their fields."""
+    columns = {field: _required_column(raw, field, getattr(config, field), path) for field in ("image", "label")}
+    for field in _OPTIONAL:
+        wanted = getattr(config, field)
+        if wanted:
+            columns[field] = _required_column(raw, field, wanted, path)
+        elif wanted is None and (found := _column_called(raw, field)):
+            columns[field] = found
+            if path.suffix != ".npz":
+                notes.append(f"{field}: column {found!r}, by its name (--data.{field} '' to leave it unused)")
+    table = pd.DataFrame({field: raw[name] for field, name in columns.items()})
+    table["row"] = range(1, len(table) + 1)
+    return table
+
+
+def _required_column(raw: pd.DataFrame, field: str, name: str, path: Path) -> str:
+    columns = list(raw.columns)
+    if name in columns:
+        return name
+    folded = {column.casefold(): column for column in columns}
+    near = [folded[match] for match in difflib.get_close_matches(name.casefold(), folded, n=1)]
+    if field == "image":
+        near = [column for column in columns if _PICTURE.search(str(raw[column].iloc[0]))] or near
+    hint = f"; did you mean --data.{field} {shlex.quote(near[0])}?" if near else ""
+    raise UserError(f"{path} has no column {name!r} (--data.{field}); its columns are {', '.join(columns)}{hint}")
+
+
+def _column_called(raw: pd.DataFrame, field: str) -> str | None:
+    names = (field, "patientid") if field == "patient" else (field,)
+    return next((column for column in raw.columns if re.sub(r"[\s_-]", "", column).casefold() in names), None)
+
+
+def _cell_problems(table: pd.DataFrame, names: tuple[str, ...], config: DataConfig) -> Iterator[Problem]:
+    for row, image, label in zip(table["row"], table["image"], table["label"], strict=True):
+        if not image:
+            yield Problem(row, "no image path", f"the column {config.image!r} is empty")
+        if not label:
+            yield Problem(row, "no label", f"the column {config.label!r} is empty")
+        elif names and label not in names:
+            yield Problem(row, "unknown label", f"the label {label!r} is not one of {', '.join(map(repr, names))}")
+    if "frame" in table:
+        for row, frame in zip(table["row"], table["frame"], strict=True):
+            if frame and not (frame.isdecimal() and int(frame) >= 1):
+                yield Problem(row, "no frame number", f"the frame {frame!r} is no whole number from 1")
+
+
+def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
+    if "split" in table:
+        for row, name in zip(table["row"], table["split"], strict=True):
+            if name.casefold() not in _SPLIT_NAMES:
+                text = f"the split {name!r} is not train, val or test (--data.split '' splits afresh)"
+                yield Problem(row, "unknown split", text)
+
+
+def _files(table: pd.DataFrame, root: Path) -> list[ImageFile]:
+    frames = table["frame"] if "frame" in table else [""] * len(table)
+    return [ImageFile(root / i, int(f) if f else None) for i, f in zip(table["image"], frames, strict=True)]
+
+
+def _normal_form(table: pd.DataFrame, sources: Sequence[Source]) -> pd.DataFrame:
+    """Splits under their one name, and a source for every image."""
+    table = table.assign(source=pd.Series(list(sources), index=table.index, dtype=object))
+    if "split" in table:
+        table["split"] = [_SPLIT_NAMES[name.casefold()] for name in table["split"]]
+    return table
+
+
+def _duplicate_rows(table: pd.DataFrame) -> Iterator[Problem]:
+    """Rows for the same image: the first is kept, of the last split (test before val before train). None is where
+    their labels differ."""
+    kind = "duplicate row"
+    for _, rows in table[table["source"].duplicated(keep=False)].groupby("source", sort=False):
+        if "split" in rows:
+            best = max(rows["split"], key=SPLITS.index)
+            kept, others = rows[rows["split"] == best], rows[rows["split"] != best]
+        else:
+            kept, others = rows, rows[:0]
+        first = kept["row"].iloc[0]
+        for row in others["row"]:
+            yield Problem(row, kind, f"the same image as row {first}, in another split")
+        contradiction = kept["label"].nunique() > 1
+        for row in kept["row"] if contradiction else kept["row"].iloc[1:]:
+            twin = next(r for r in kept["row"] if r != row) if contradiction else first
+            yield Problem(row, kind, f"the same image as row {twin}" + ", with another label" * contradiction)
+
+
+def _check_classes(table: pd.DataFrame, classes: tuple[str, ...], config: DataConfig, notes: list[str]) -> None:
+    present = set(table["label"])
+    if len(present) == 1:
+        raise UserError(f"every image has the label {present.pop()!r}: a classifier needs two classes")
+    empty = ", ".join(repr(name) for name in classes if name not in present)
+    if empty and config.on_problem == "error":
+        raise UserError(f"no image has the label {empty}: change --data.classes, or use --data.on-problem skip")
+    if empty:
+        notes.append(f"classes without an image: {empty}")
+
+
+def _positive(labels: pd.Series, stated: str | None) -> str:
+    counts = labels.value_counts().sort_index()
+    if stated is not None:
+        check_choice("data.positive", stated, list(counts.index))
+        return stated
+    listing = ", ".join(f"{name} {n} ({n / len(labels):.1%})" for name, n in counts.items())
+    flags = {name: f"--data.positive {shlex.quote(str(name))}" for name in counts.index}
+    if counts.min() > 0.9 * counts.max():
+        way_out = f"They are balanced, so only you can tell: {' or '.join(flags.values())}"
+    else:
+        minority = counts.idxmin()
+        way_out = f"It is usually the rarest, here {minority!r}: {flags[minority]}"
+    raise UserError(f"data.positive is not stated: which class is to be found? The classes are {listing}. {way_out}")

@@ -1,0 +1,257 @@
+"""One image from one file: PNG, JPEG, TIFF, DICOM or NIfTI -> (H, W) or (H, W, 3), uint8 or uint16.
+
+The format is told by the file's content, not by its name. 16 bits stay 16 bits. Whatever is wrong with a file comes out
+as one `ImageProblem` that says why in plain words.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from raymed.config import UserError
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+Window = tuple[float, float]
+
+
+class ImageProblem(UserError):
+    """Why one image cannot be used. The text is the reason alone; whoever catches it knows row and path."""
+
+
+class Source(Protocol):
+    """Where one image lies."""
+
+    def identity(self) -> tuple[str | int | None, ...]:
+        """What the decoded pixels depend on, as JSON values: path, frame, size and time of the file."""
+        ...
+
+    def read(self, window: Window | None = None) -> np.ndarray:
+        """The pixels, as `read` gives them."""
+        ...
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image in a file of its own, or one frame of a file."""
+
+    path: Path
+    frame: int | None = None
+
+    def identity(self) -> tuple[str | int | None, ...]:
+        """Path, frame, size and time of the file; no size and time where there is none."""
+        if not self.path.is_file():
+            return str(self.path), self.frame, None, None
+        status = self.path.stat()
+        return str(self.path), self.frame, status.st_size, status.st_mtime_ns
+
+    def read(self, window: Window | None = None) -> np.ndarray:
+        """The pixels. Raises ImageProblem."""
+        return read(self.path, self.frame, window)
+
+
+def read(path: str | Path, frame: int | None = None, window: Window | None = None) -> np.ndarray:
+    """Decode one image.
+
+    Args:
+        path: a PNG, JPEG, TIFF (or whatever else Pillow knows), DICOM or NIfTI file.
+        frame: number, from 1, of the frame of a multi-frame DICOM object or TIFF, or of the slice of a NIfTI volume
+            along its third axis. Needed where the file holds several.
+        window: (center, width) for DICOM and NIfTI, in the units of the rescaled values (HU for CT). None: the window
+            the DICOM file states, else its smallest to its largest value.
+
+    Returns:
+        (H, W) or, in colour, (H, W, 3); uint8 or uint16. EXIF orientation is applied. MONOCHROME1 is inverted, so that
+        what attenuates is bright. NIfTI is scaled to uint16; its first axis becomes the columns, as stored.
+
+    Raises:
+        ImageProblem: missing, empty, truncated, not an image, NaN, one value everywhere, no such frame, no pixels, a
+            transfer syntax that cannot be decoded.
+    """
+    path = Path(path)
+    decode = _decoder(path)
+    try:
+        pixels = decode(path, frame, window)
+    except ImageProblem:
+        raise
+    except Exception as error:  # decoders raise anything at all on damaged files
+        raise ImageProblem(_reason(error)) from error
+    return check_varies(pixels)
+
+
+def check_varies(pixels: np.ndarray) -> np.ndarray:
+    """Return the pixels. Raises ImageProblem when all of them have one value."""
+    if pixels.min() == pixels.max():
+        raise ImageProblem(f"all pixels have one value ({pixels.flat[0]})")
+    return pixels
+
+
+def content_hash(pixels: np.ndarray) -> str:
+    """sha256 of shape, dtype and values: equal for exact duplicates, whatever file format they came in."""
+    header = f"{pixels.dtype.name} {pixels.shape} ".encode()
+    return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
+
+
+def _decoder(path: Path) -> Callable[[Path, int | None, Window | None], np.ndarray]:
+    if path.is_dir():
+        raise ImageProblem("is a folder")
+    if not path.is_file():
+        raise ImageProblem("there is no such file")
+    with path.open("rb") as file:
+        head = file.read(132)
+    if not head:
+        raise ImageProblem("the file is empty (0 bytes)")
+    if head[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
+        return _read_dicom
+    return _read_nifti if path.name.lower().endswith((".nii", ".nii.gz")) else _read_picture
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200] or type(error).__name__
+    cut_short = ("truncated", "less than expected", "expected", "end-of-stream", "end of file", "not enough", "broken")
+    if isinstance(error, EOFError) or any(word in text.lower() for word in cut_short):
+        return f"truncated or damaged: {text}"
+    return f"cannot be decoded: {text}"
+
+
+def _check_frame(frame: int | None, num_frames: int, what: str) -> int:
+    """Position, from 0, of the frame to read."""
+    if frame is None and num_frames > 1:
+        raise ImageProblem(f"holds {num_frames} {what}s: name one, from 1, in a column (--data.frame COLUMN)")
+    if frame is not None and not 1 <= frame <= num_frames:
+        raise ImageProblem(f"has no {what} {frame}: it holds {num_frames}")
+    return (frame or 1) - 1
+
+
+def _read_picture(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    try:
+        image = Image.open(path)
+    except UnidentifiedImageError as error:
+        raise ImageProblem("not an image of a known format (PNG, JPEG, TIFF, DICOM, NIfTI)") from error
+    with image:
+        # A phone's JPEG may carry a second picture (MPO): the first is the image.
+        num_frames = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF") else 1
+        image.seek(_check_frame(frame, num_frames, "frame"))
+        return _picture_pixels(ImageOps.exif_transpose(image))
+
+
+def _picture_pixels(image) -> np.ndarray:
+    """Pillow image -> uint8 or uint16; palettes, alpha, CMYK become RGB or grey."""
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.uint16)
+    if image.mode == "I":
+        return _check_depth(np.asarray(image)).astype(np.uint16)
+    if image.mode == "F":
+        return _to_uint(_finite(np.asarray(image)), None, np.uint16)
+    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+
+
+def _check_depth(values: np.ndarray) -> np.ndarray:
+    if values.min() < 0 or values.max() > 65535:
+        raise ImageProblem(f"has values from {values.min()} to {values.max()}: 16 bits hold 0 to 65535")
+    return values
+
+
+def _finite(values: np.ndarray) -> np.ndarray:
+    bad = int(values.size - np.isfinite(values).sum())
+    if bad:
+        raise ImageProblem(f"{bad} of its {values.size} values are NaN or infinite")
+    return values
+
+
+def _to_uint(values: np.ndarray, window: Window | None, dtype: type, function: str = "LINEAR") -> np.ndarray:
+    """Window values (None: smallest to largest) to the full range of dtype.
+
+    The functions are those of DICOM PS3.3 C.11.2.1.2: LINEAR, LINEAR_EXACT and SIGMOID.
+    """
+    values = values.astype(np.float64)
+    if window is None:
+        low, high = values.min(), values.max()
+        unit = (values - low) / ((high - low) or 1.0)
+    elif function == "SIGMOID":
+        unit = 1 / (1 + np.exp(-4 * (values - window[0]) / window[1]))
+    elif function == "LINEAR_EXACT" or window[1] <= 1:
+        unit = (values - window[0]) / window[1] + 0.5
+    else:
+        unit = (values - (window[0] - 0.5)) / (window[1] - 1) + 0.5
+    return np.round(unit.clip(0, 1) * np.iinfo(dtype).max).astype(dtype)
+
+
+def _read_dicom(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
+    import pydicom
+    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+
+    # A warning about an invalid value would print it, and it may name the patient.
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    ds = pydicom.dcmread(path, force=True)
+    if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
+        raise ImageProblem("DICOM without pixel data" if "SOPClassUID" in ds else "not a DICOM file")
+    _check_transfer_syntax(ds)
+    index = _check_frame(frame, int(ds.get("NumberOfFrames") or 1), "frame")
+    stored = pixel_array(ds, index=index)
+    if ds.PhotometricInterpretation == "PALETTE COLOR":
+        stored = apply_color_lut(stored, ds)
+    dtype = np.uint8 if stored.dtype.itemsize == 1 else np.uint16
+    if stored.ndim == 3:
+        return _check_depth(stored).astype(dtype)
+    values = _finite(apply_rescale(stored, _group(ds, index, "PixelValueTransformationSequence")))
+    voi = _group(ds, index, "FrameVOILUTSequence")
+    pixels = _to_uint(values, window or _stated_window(voi), dtype, voi.get("VOILUTFunction") or "LINEAR")
+    return np.iinfo(dtype).max - pixels if ds.PhotometricInterpretation == "MONOCHROME1" else pixels
+
+
+def _check_transfer_syntax(ds: "Dataset") -> None:
+    from pydicom.pixels import get_decoder
+
+    uid = ds.file_meta.get("TransferSyntaxUID") if hasattr(ds, "file_meta") else None
+    if uid is None:
+        raise ImageProblem("DICOM that does not state its transfer syntax")
+    try:
+        decoder = get_decoder(uid)
+    except NotImplementedError as error:
+        raise ImageProblem(
+            f"transfer syntax {uid.name} ({uid}) cannot be decoded: convert the file to Explicit VR Little Endian, "
+            "for example with `gdcmconv --raw`"
+        ) from error
+    if not decoder.is_available:
+        raise ImageProblem(
+            f"transfer syntax {uid.name} ({uid}) needs one of: {'; '.join(decoder.missing_dependencies)} (pip install)"
+        )
+
+
+def _group(ds: "Dataset", index: int, sequence: str) -> "Dataset":
+    """Where an attribute of one frame stands: its functional group in an enhanced object, else the data set."""
+    groups = [*ds.get("PerFrameFunctionalGroupsSequence", [])[index : index + 1]]
+    groups += ds.get("SharedFunctionalGroupsSequence", [])
+    return next((group[sequence][0] for group in groups if group.get(sequence)), ds)
+
+
+def _stated_window(ds: "Dataset") -> Window | None:
+    """The first window a file states."""
+    if ds.get("WindowCenter") in (None, "") or ds.get("WindowWidth") in (None, ""):
+        return None
+    center, width = (np.atleast_1d(ds[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
+    return (float(center), float(width)) if width > 0 else None
+
+
+def _read_nifti(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
+    import nibabel
+
+    try:
+        image = nibabel.load(path)
+    except nibabel.filebasedimages.ImageFileError as error:
+        raise ImageProblem("not a NIfTI file, or a damaged one") from error
+    shape = image.shape + (1,) * (3 - len(image.shape))
+    if len(image.shape) < 2 or np.prod(shape[3:]) > 1:
+        raise ImageProblem(f"has the shape {image.shape}: store each volume in a file of its own")
+    index = _check_frame(frame, shape[2], "slice")
+    plane = image.dataobj if len(image.shape) == 2 else image.dataobj[:, :, index]
+    values = np.asarray(plane, dtype=np.float64).reshape(shape[:2]).T
+    return _to_uint(_finite(values), window, np.uint16)

@@ -1,0 +1,122 @@
+"""Train, val, test: whole patients on one side, classes in proportion, exact duplicates together."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from raymed.config import UserError
+from raymed.data.manifest import SPLITS
+from raymed.data.problems import Problem, rows_text
+
+
+def crossing(table: pd.DataFrame, column: str, kind: str) -> list[Problem]:
+    """Rows whose value in `column` also stands in a later split.
+
+    The training side loses: train to val and test, val to test; test never.
+
+    Args:
+        table: with the columns row, split and `column`; an empty value belongs to nobody.
+    """
+    rank = table["split"].map(SPLITS.index)
+    known = table[column] != ""
+    best = rank[known].groupby(table.loc[known, column]).transform("max")
+    rows = table["row"]
+    problems = []
+    winners = rows[known][rank[known] == best].groupby(table.loc[known, column]).first()
+    for i in best.index[rank[known] < best]:
+        winner = f"row {winners[table.at[i, column]]} ({SPLITS[best[i]]})"
+        problems.append(Problem(int(rows[i]), kind, f"({table.at[i, 'split']}) the same {column} as {winner}"))
+    return problems
+
+
+def linked(patients: Sequence[str] | None, hashes: Sequence[str]) -> list[str]:
+    """What must stay on one side, as one name an image: the images of a patient, and exact duplicates of any of them.
+
+    The name is a patient's identifier, or the hash of the pixels where there is none: so a split depends neither on the
+    order of rows nor on file names.
+    """
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    keys = [patient or pixels for patient, pixels in zip(patients or hashes, hashes, strict=True)]
+    owners, contents = pd.factorize(np.array(keys))[0], pd.factorize(np.array(hashes))[0]
+    num_owners, num_nodes = owners.max() + 1, owners.max() + contents.max() + 2
+    edges = coo_matrix((np.ones(len(keys)), (owners, contents + num_owners)), shape=(num_nodes, num_nodes))
+    component = connected_components(edges, directed=False)[1][owners]
+    first = pd.Series(keys).groupby(component).min()
+    return [first[c] for c in component]
+
+
+def assign(
+    groups: Sequence[str], labels: Sequence[str], positive: str, fractions: tuple[float, float, float], seed: int
+) -> list[str]:
+    """A split for every image: train, val or test, with the given fractions of the images of each class.
+
+    Greedy, like scikit-learn's StratifiedGroupKFold but for unequal fractions: groups go, large ones first, where they
+    raise sum_sc (share of class c in split s)^2 / fraction_s least; it is smallest when each share is its fraction.
+    Ties are broken by a draw from (seed, group). A group that holds the positive class counts as positive, any other
+    as the rarest class it holds, and the first of each kind go to different splits, so that a rare class is in all.
+
+    Args:
+        fractions: of train, val and test; 0 = no such split.
+    """
+    counts = pd.crosstab(np.array(groups), np.array(labels))
+    rarest_first = sorted(counts.columns, key=lambda label: (label != positive, counts[label].sum(), label))
+    part = (counts[rarest_first] / counts[rarest_first].sum()).to_numpy()  # (G, classes), columns sum to 1
+    kind = (part > 0).argmax(axis=1)
+    draw = [hashlib.sha256(f"{seed}/{group}".encode()).hexdigest() for group in counts.index]
+    shares, started = np.zeros((3, part.shape[1])), np.zeros((3, part.shape[1]), bool)
+    side = {}
+    for g in sorted(range(len(part)), key=lambda g: (kind[g], -part[g].sum(), draw[g])):
+        rise = (shares + part[g] / 2) @ part[g] / part[g].sum()
+        # Rounded: the last bits differ between machines, and would break ties there.
+        cost = [(started[s, kind[g]], round(rise[s] / f, 9), s) for s, f in enumerate(fractions) if f]
+        s = min(cost)[2]
+        shares[s] += part[g]
+        started[s, kind[g]] = True
+        side[counts.index[g]] = SPLITS[s]
+    return [side[group] for group in groups]
+
+
+def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, splits: Sequence[str], what: str) -> None:
+    """Raise UserError when the positive class, or all others together, have fewer groups than there are splits.
+
+    Args:
+        what: the groups are, "patient" or "image".
+    """
+    found, rest = f"the positive class {positive!r} has", "the other classes have"
+    sides = [found if label == positive else rest for label in labels]
+    for side, num in pd.Series(groups).groupby(sides).nunique().items():
+        if num < len(splits):
+            raise UserError(
+                f"{side} {num} {what}{'s' * (num != 1)}, too few to divide into {', '.join(splits)}: "
+                "each of them needs at least one"
+            )
+
+
+def check_filled(table: pd.DataFrame, positive: str) -> None:
+    """Raise UserError unless each split has images of the positive class and of others."""
+    for split in SPLITS:
+        labels = table.loc[table["split"] == split, "label"]
+        if labels.empty:
+            raise UserError(f"the split {split} has no image (--data.split '' splits afresh)")
+        if labels.eq(positive).nunique() == 1:
+            which = "but those of" if labels.iloc[0] == positive else "of"
+            what = f"has no image {which} the positive class {positive!r}"
+            raise UserError(f"the split {split} {what} (--data.split '' splits afresh)")
+
+
+def duplicate_notes(table: pd.DataFrame) -> list[str]:
+    """What to say of exact duplicates that stay: those within a split, and those with two labels."""
+    notes = []
+    for split in SPLITS:
+        part = table[table["split"] == split]
+        again = part.loc[part["pixels"].duplicated(), "row"].tolist()
+        if again:
+            notes.append(f"exact duplicates within {split}, kept: {rows_text(again)}")
+    contradicting = table.groupby("pixels")["label"].transform("nunique") > 1
+    if contradicting.any():
+        notes.append(f"the same image under two labels, kept: {rows_text(table.loc[contradicting, 'row'].tolist())}")
+    return notes

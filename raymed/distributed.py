@@ -1,0 +1,107 @@
+"""Collectives for losses and metrics that see the GLOBAL batch, differentiable where a gradient has to come back.
+
+Every function is the identity without an initialised process group, and in one of a single process, so the same code
+runs in a plain script. They use gloo on the CPU and NCCL on GPUs, whichever the group was made with.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+T = TypeVar("T")
+
+
+def world_size() -> int:
+    """Number of processes in the group; 1 without a group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Number of this process in the group, from 0; 0 without a group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def all_gather(x: Tensor) -> Tensor:
+    """Concatenates x (b, ...) of every rank to (W * b, ...) in rank order; no gradient comes back.
+
+    b must be the same on every rank: drop or pad the last batch.
+    """
+    return x.detach() if world_size() == 1 else _concatenate(x.detach())
+
+
+def all_gather_with_grad(x: Tensor) -> Tensor:
+    """Concatenates x (b, ...) of every rank to (W * b, ...) in rank order, and returns gradients to where they belong.
+
+    Forward: all-gather. Backward: sum the incoming gradients over the ranks, keep the rows of this rank. b must be the
+    same on every rank. Twice differentiating raises.
+
+    Why the sum: the loss of rank r depends on the features of every rank, so the features of this rank get a share of
+    their gradient from the loss of each rank. When every rank evaluates the full loss of the global batch, each returns
+    the same gradient: the sum is W times the gradient g of a single process, and averaging parameter gradients over the
+    ranks (as DDP and DeepSpeed do) divides by W again. What remains after that average, G:
+
+        loss on each rank            gather without gradient   this function
+        full matrix (W b)^2          g / W                     g
+        own rows only, b x W b       not proportional to g     g
+
+    Adam hides the factor 1/W; clipping, weight decay and SGD do not.
+    """
+    return x if world_size() == 1 else _AllGather.apply(x)
+
+
+def all_reduce_sum_with_grad(x: Tensor) -> Tensor:
+    """Sums x (any shape, the same on every rank) over the ranks; the backward pass sums the incoming gradients.
+
+    With y = sum_r x_r in the loss L_s of every rank s, the gradient of the summed losses is d/dx_r = sum_s dL_s/dy, and
+    averaging parameter gradients over the ranks gives that of the mean loss. Twice differentiating raises.
+    """
+    return x if world_size() == 1 else _AllReduceSum.apply(x)
+
+
+def all_gather_object(obj: T) -> list[T]:
+    """The picklable object of every rank, in rank order."""
+    if world_size() == 1:
+        return [obj]
+    objects: list[Any] = [None] * world_size()
+    dist.all_gather_object(objects, obj)
+    return objects
+
+
+class _AllGather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        return _concatenate(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        start = rank() * ctx.rows
+        return _sum(grad)[start : start + ctx.rows]
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return _sum(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return _sum(grad)
+
+
+def _concatenate(x: Tensor) -> Tensor:
+    x = x.contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
+def _sum(x: Tensor) -> Tensor:
+    total = x.clone(memory_format=torch.contiguous_format)
+    dist.all_reduce(total)
+    return total

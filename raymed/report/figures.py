@@ -1,0 +1,254 @@
+"""Figures of an evaluation: PR and ROC curves, reliability, class activation maps, sweeps, training curves.
+
+Curves are given as {name: [(scores (N,), targets (N,)) of each seed]} and their figures as in summary.json,
+{name: {metric: {mean, ci_low, ci_high, ...}}}, so that a legend says what the summary says. Paths end in .png.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from raymed.report.style import BLUE, GREEN, GREY, VERMILION, colour, figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Curves = Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]
+Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
+
+GRID = np.linspace(0, 1, 501)
+NUM_BINS = 15  # those of the expected calibration error
+
+
+def pr_roc(path: Path, curves: Curves, figures: Figures) -> None:
+    """Precision-recall and ROC curves, the mean over seeds with a band of one standard deviation.
+
+    figures holds "auprc" and "auroc" of each name. Precision is drawn as the step function whose area is the average
+    precision; ROC curves are averaged at equal false positive rate.
+    """
+    with figure(path, 8, 4.4 + 0.18 * len(curves)) as drawn:
+        left, right = drawn.subplots(1, 2)
+        for position, (name, seeds) in enumerate(curves.items()):
+            _mean_and_band(left, [_precision_at(GRID, *seed) for seed in seeds], colour(position))
+            _mean_and_band(right, [_sensitivity_at(GRID, *seed) for seed in seeds], colour(position))
+            left.lines[-1].set_label(f"{_with_interval('AP', figures[name]['auprc'])}  {name}")
+            right.lines[-1].set_label(f"{_with_interval('AUROC', figures[name]['auroc'])}  {name}")
+        prevalence = np.mean([np.mean(targets) for seeds in curves.values() for _, targets in seeds])
+        left.axhline(prevalence, color=GREY, linestyle=":", linewidth=1.2)
+        left.text(0.02, prevalence + 0.01, f"prevalence {prevalence:.2f}", color=GREY)
+        right.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
+        left.set(title="Precision-recall", xlabel="Recall (sensitivity)", ylabel="Precision (PPV)")
+        right.set(title="ROC", xlabel="1 - specificity", ylabel="Sensitivity")
+        for axes in (left, right):
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14))
+
+
+def calibration(path: Path, curves: Curves, figures: Figures) -> None:
+    """Reliability diagram of each name over 15 equal-width bins, above the number of images in each bin.
+
+    Seeds are pooled; counts, and the 95 % Wilson intervals drawn as vertical lines, are those of one seed on average.
+    figures holds "ece" of each name.
+    """
+    num_columns = min(3, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    with figure(path, max(3.6, 2.8 * num_columns), max(4.2, 3.6 * num_rows)) as drawn:
+        grid = drawn.subplots(2 * num_rows, num_columns, height_ratios=[4, 1] * num_rows, squeeze=False, sharex=True)
+        panels = list(zip(grid[::2].flat, grid[1::2].flat, strict=True))
+        for position, (name, seeds) in enumerate(curves.items()):
+            upper, lower = panels[position]
+            _reliability_panel(upper, lower, seeds, colour(position))
+            upper.set_title(name)
+            upper.text(0.03, 0.97, _with_interval("ECE", figures[name]["ece"]), va="top", fontsize=8)
+        for upper, lower in panels[len(curves) :]:
+            upper.remove()
+            lower.remove()
+        for upper, lower in panels[::num_columns]:
+            upper.set_ylabel("Observed fraction")
+            lower.set_ylabel("Images")
+        drawn.supxlabel("Predicted probability of the positive class", fontsize=9)
+
+
+def cam_panel(
+    path: Path,
+    images: Sequence[np.ndarray],
+    cams: Sequence[np.ndarray],
+    titles: Sequence[str],
+    sides: Sequence[tuple[str, str] | None],
+) -> None:
+    """Each image beside itself with its class activation map on top.
+
+    Args:
+        images: (H, W) grey or (H, W, 3) colour; grey ones are shown from their lowest to their highest value.
+        cams: (H, W) in [0, 1], of the size of their image.
+        titles: what to write above each, such as the score.
+        sides: (side the map points to, true side), which is marked as correct or incorrect; None: nothing is marked.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    num_columns = 2 if len(images) > 1 else 1
+    num_rows = math.ceil(len(images) / num_columns)
+    with figure(path, 4 * num_columns + 0.6, 2.2 * num_rows + 0.05) as drawn:
+        grid = drawn.subplots(num_rows, 2 * num_columns, squeeze=False)
+        pairs = grid.reshape(-1, 2)
+        for axes in grid.flat:
+            axes.axis("off")
+        for (left, right), image, cam, title, side in zip(pairs, images, cams, titles, sides, strict=False):
+            left.imshow(image, cmap="gray")
+            right.imshow(image, cmap="gray")
+            right.imshow(cam, cmap="inferno", vmin=0, vmax=1, alpha=0.65 * cam, interpolation="bilinear")
+            left.set_title(title, fontweight="normal", fontsize=9)
+            _mark_side(right, side)
+        scale = ScalarMappable(Normalize(0, 1), cmap="inferno")
+        bar = drawn.colorbar(scale, ax=grid, shrink=0.9 / num_rows, fraction=0.03, pad=0.01, ticks=[0, 1])
+        bar.set_label("activation (per image)", labelpad=-4)
+
+
+def sweep_figure(
+    path: Path, trials: Sequence[Mapping[str, Any]], objective: str, maximise: bool = True, log: Collection[str] = ()
+) -> None:
+    """The objective of every trial against each hyper-parameter; the best trial is marked.
+
+    Args:
+        trials: {"params": {name: number, string, bool or None}, "value": objective or None, "stopped": stopped early}.
+            Trials without a value are left out.
+        objective: its name, the label of the vertical axis.
+        maximise: whether the highest or the lowest objective is best.
+        log: hyper-parameters drawn on a logarithmic axis.
+    """
+    trials = [trial for trial in trials if trial["value"] is not None and math.isfinite(trial["value"])]
+    best = (max if maximise else min)(trials, key=lambda trial: trial["value"])
+    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
+    num_columns = min(3, len(names))
+    num_rows = math.ceil(len(names) / num_columns)
+    with figure(path, max(4.0, 2.75 * num_columns), 2.5 * num_rows + 0.45) as drawn:
+        grid = drawn.subplots(num_rows, num_columns, squeeze=False, sharey=True)
+        for axes in list(grid.flat)[len(names) :]:
+            axes.remove()
+        for axes, name in zip(grid.flat, names, strict=False):
+            _objective_against(axes, name, trials, best)
+            if name in log:
+                axes.set_xscale("log")
+        for row in grid:
+            row[0].set_ylabel(objective)
+        labelled = {str(handle.get_label()): handle for axes in drawn.axes for handle in axes.collections}
+        drawn.legend(list(labelled.values()), list(labelled), loc="outside upper center", ncols=3)
+
+
+def training_curves(path: Path, history: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
+    """One panel for each key of history, with its lines {name: [(step, value), ...]}.
+
+    A line of more than 100 points is drawn faintly under its running mean.
+    """
+    num_columns = min(3, len(history))
+    num_rows = math.ceil(len(history) / num_columns)
+    names = list(dict.fromkeys(name for lines in history.values() for name in lines))
+    with figure(path, max(4.0, 2.9 * num_columns), 2.4 * num_rows + 0.35) as drawn:
+        grid = drawn.subplots(num_rows, num_columns, squeeze=False)
+        for axes in list(grid.flat)[len(history) :]:
+            axes.remove()
+        handles = {}
+        for axes, (title, lines) in zip(grid.flat, history.items(), strict=False):
+            for name, points in lines.items():
+                handles[name] = _training_line(axes, points, colour(names.index(name)))
+            axes.set(title=title, xlabel="Step")
+        drawn.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=max(1, len(handles)))
+
+
+def _precision_at(recall: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """Precision at the highest threshold that reaches each recall."""
+    from sklearn.metrics import precision_recall_curve
+
+    precisions, recalls, _ = precision_recall_curve(targets, scores)
+    precisions, recalls = precisions[-2::-1], recalls[-2::-1]  # recall ascending, without the added point at recall 0
+    return precisions[np.minimum(np.searchsorted(recalls, recall), len(recalls) - 1)]
+
+
+def _sensitivity_at(false_positive_rate: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    from sklearn.metrics import roc_curve
+
+    fpr, tpr, _ = roc_curve(targets, scores)
+    return np.append(0.0, np.interp(false_positive_rate[1:], fpr, tpr))
+
+
+def _mean_and_band(axes: Axes, curves: list[np.ndarray], color: str) -> None:
+    mean, std = np.mean(curves, axis=0), np.std(curves, axis=0, ddof=min(1, len(curves) - 1))
+    axes.fill_between(GRID, np.clip(mean - std, 0, 1), np.clip(mean + std, 0, 1), color=color, alpha=0.15, linewidth=0)
+    axes.plot(GRID, mean, color=color)
+
+
+def _reliability_panel(upper: Axes, lower: Axes, seeds: Sequence[tuple[np.ndarray, np.ndarray]], color: str) -> None:
+    count, score, observed = _reliability(seeds)
+    count, seen = count / len(seeds), count > 0
+    low, high = _wilson(observed[seen], count[seen])
+    upper.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
+    upper.vlines(score[seen], low, high, color=color, alpha=0.45, linewidth=1)
+    upper.plot(score[seen], observed[seen], color=color, marker="o", markersize=3.5)
+    upper.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    lower.bar((np.arange(NUM_BINS) + 0.5) / NUM_BINS, count, 0.9 / NUM_BINS, color=color)
+    lower.set(yscale="log", ylim=(0.3, 2 * count.max()))
+    lower.yaxis.set_major_formatter("{x:g}")
+    lower.yaxis.set_minor_formatter("")
+
+
+def _reliability(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count, mean score and fraction of positives of each bin, seeds pooled; 0 in an empty bin."""
+    scores, targets = (np.concatenate(arrays) for arrays in zip(*seeds, strict=True))
+    bins = np.minimum((scores * NUM_BINS).astype(int), NUM_BINS - 1)
+    count, score, positive = (np.bincount(bins, weights, NUM_BINS) for weights in (None, scores, targets))
+    return count, score / np.maximum(count, 1), positive / np.maximum(count, 1)
+
+
+def _wilson(fraction: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's 95 % score interval of a fraction observed in `count` images (J. Am. Stat. Assoc. 22, 1927)."""
+    centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
+    half = z / (1 + z**2 / count) * np.sqrt(fraction * (1 - fraction) / count + (z / (2 * count)) ** 2)
+    return centre - half, centre + half
+
+
+def _with_interval(name: str, of_metric: Mapping[str, Any]) -> str:
+    mean, low, high = (math.nan if of_metric[key] is None else of_metric[key] for key in ("mean", "ci_low", "ci_high"))
+    return f"{name} {mean:.3f} [{low:.3f}, {high:.3f}]"
+
+
+def _mark_side(axes: Axes, side: tuple[str, str] | None) -> None:
+    if side is None:
+        return
+    pointed, true = side
+    mark, color = ("✓", GREEN) if pointed == true else ("✗", VERMILION)
+    axes.set_title(f"{mark} map: {pointed}, true: {true}", color=color, fontsize=9)
+
+
+def _objective_against(axes: Axes, name: str, trials: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> None:
+    trials = [trial for trial in trials if name in trial["params"]]
+    values = [trial["params"][name] for trial in trials]
+    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
+        options = sorted({str(value) for value in values})
+        axes.set_xticks(range(len(options)), options)
+        axes.set_xlim(-0.5, len(options) - 0.5)
+        values = [options.index(str(value)) for value in values]
+    for stopped, style in ((False, {"alpha": 0.75}), (True, {"facecolors": "none"})):
+        points = [(x, trial["value"]) for x, trial in zip(values, trials, strict=True) if trial["stopped"] == stopped]
+        label = "stopped early" if stopped else "finished"
+        axes.scatter(*zip(*points, strict=True) if points else ((), ()), s=18, edgecolors=BLUE, label=label, **style)
+    if best in trials:
+        at = values[trials.index(best)]
+        label = f"best, {best['value']:.4f}"
+        axes.scatter(at, best["value"], marker="*", s=150, color=VERMILION, edgecolors="white", zorder=3, label=label)
+    axes.set_xlabel(name)
+
+
+def _training_line(axes: Axes, points: Sequence[tuple[int, float]], color: str):
+    steps, values = np.asarray(points, float).T
+    if len(points) <= 100:
+        return axes.plot(steps, values, color=color, marker="o" if len(points) <= 20 else None, markersize=3)[0]
+    axes.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
+    window = len(points) // 25
+    mean = np.convolve(values, np.ones(window) / window, mode="valid")
+    return axes.plot(steps[(window - 1) // 2 : len(steps) - window // 2], mean, color=color)[0]

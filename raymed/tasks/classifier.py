@@ -1,0 +1,311 @@
+"""The imbalanced-image classifier: a supervised contrastive encoder, then a linear head with an asymmetric loss.
+
+The system of the HSG tubal-patency work (SupCon + ASL), with the five methods it is compared with:
+
+    ce, focal, asl                        one phase: encoder and head together, with that loss
+    supcon_ce, supcon_focal, supcon_asl   two phases: the encoder by SupCon on two augmented views an image;
+                                          then the encoder frozen, the projection dropped, a linear head with that loss
+
+Binary: the stated positive class against all others, one logit an image. Every loss that `raymed.losses.LOSSES` names
+is a method, and with "supcon_" before it another. Sources: Khosla et al. 2020 (SupCon), Ridnik et al. 2021 (ASL).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from raymed.bundle import Bundle
+from raymed.config import UserError, check_choice, check_range, from_dict, to_dict
+from raymed.data.augment import Augment
+from raymed.data.dataset import Batch, DataSet
+from raymed.data.manifest import DataConfig
+from raymed.data.preprocess import Preprocess
+from raymed.losses import LOSSES, SupConLoss
+from raymed.metrics.embedding import EmbeddingMeter
+from raymed.metrics.meters import BinaryMeter, Meter
+from raymed.models.encoder import EncoderConfig, build_encoder
+from raymed.models.head import LinearHead, ProjectionHead
+from raymed.tasks.task import Ema, Loss, Nets, Network, Optim, Phase, Step, Task
+
+SUPCON = "supcon_"
+METHODS = tuple(LOSSES) + tuple(SUPCON + name for name in LOSSES)
+
+Losses = dataclasses.make_dataclass(
+    "Losses",
+    [(name, loss, field(default=loss())) for name, loss in LOSSES.items()],
+    frozen=True,
+    namespace={"__doc__": "The hyper-parameters of every loss; a run reads those of its own method."},
+)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how one phase is trained."""
+
+    steps: int = 600
+    batch_size: int = 128
+    """Over all workers and micro-batches."""
+    accumulate: int = 1
+    """Micro-batches a step."""
+    balanced: bool = False
+    """Equal numbers of both classes in a batch."""
+    optim: Optim = Optim()
+    ema: Ema | None = None
+    evaluations: int = 10
+    """How often the validation split is scored."""
+    patience: int | None = None
+    """Evaluations without a better AUPRC after which the phase ends; None = never."""
+
+    def __post_init__(self) -> None:
+        check_range("steps", self.steps, 1)
+        check_range("batch_size", self.batch_size, 2)
+        check_range("accumulate", self.accumulate, 1)
+        check_range("evaluations", self.evaluations, 1, self.steps)
+
+
+@dataclass(frozen=True)
+class ContrastiveStage(Stage):
+    """The SupCon phase."""
+
+    batch_size: int = 256
+    balanced: bool = True
+    loss: SupConLoss = SupConLoss(temperature=0.1)
+    projection: int = 128
+    """Width of the projection that SupCon compares; dropped afterwards."""
+    encoder_from: str | None = None
+    """A checkpoint's folder: its encoder is taken, and the phase left out."""
+
+
+@dataclass(frozen=True)
+class ClassifierRecipe:
+    """Everything that decides what a classifier becomes. The defaults suit small radiographs."""
+
+    data: DataConfig = DataConfig()
+    model: EncoderConfig = EncoderConfig()
+    augment: Augment = Augment()
+    method: str = SUPCON + "asl"
+    """ce | focal | asl | supcon_ce | supcon_focal | supcon_asl."""
+    losses: Losses = Losses()  # type: ignore[valid-type]
+    supcon: ContrastiveStage = ContrastiveStage()
+    single: Stage = Stage()
+    """The one phase of ce, focal and asl."""
+    head: Stage = Stage(steps=500, batch_size=256, optim=Optim(lr=1e-2))
+    """The second phase of supcon_*."""
+    threshold: Literal["accuracy", "youden", "f1"] = "accuracy"
+    """What the decision threshold makes largest on the validation split."""
+
+    def __post_init__(self) -> None:
+        check_choice("method", self.method, METHODS)
+        check_choice("threshold", self.threshold, ("accuracy", "youden", "f1"))
+
+    @property
+    def two_stage(self) -> bool:
+        """Whether the encoder has a phase of its own."""
+        return self.method.startswith(SUPCON)
+
+    @property
+    def loss_name(self) -> str:
+        """Name of the head's loss in LOSSES."""
+        return self.method.removeprefix(SUPCON)
+
+    def phases(self, data: DataSet) -> tuple[Phase, ...]:
+        """The phases of this recipe for a data set."""
+        if not self.two_stage:
+            return (self._classify("single", self.single, data, joint=True),)
+        encoder_from = self.supcon.encoder_from or "supcon.best"
+        head = self._classify("head", self.head, data, joint=False)
+        head = dataclasses.replace(head, cache=True, starts_from={"encoder": encoder_from})
+        return (head,) if self.supcon.encoder_from else (self.encoder_phase(data), head)
+
+    def encoder_phase(self, data: DataSet) -> Phase:
+        """The SupCon phase alone: what several heads of one seed share."""
+        task = SupConTask(self.model, self.supcon, self.augment, data.preprocess)
+        return _phase("supcon", task, self.supcon, monitor=None)
+
+    def _classify(self, name: str, stage: Stage, data: DataSet, joint: bool) -> Phase:
+        positive_rate = float(data.labels[data.splits["train"]].mean())
+        loss = getattr(self.losses, self.loss_name)
+        classes = {"names": list(data.classes), "positive": data.positive}
+        prior = 0.5 if stage.balanced else positive_rate
+        task = ClassifierTask(self.model, stage, loss, self.augment, data.preprocess, joint, prior, classes)
+        return _phase(name, task, stage, monitor="auprc")
+
+
+def _phase(name: str, task: Task, stage: Stage, monitor: str | None) -> Phase:
+    return Phase(
+        name=name,
+        task=task,
+        steps=stage.steps,
+        batch_size=stage.batch_size,
+        accumulate=stage.accumulate,
+        balanced=stage.balanced,
+        evaluations=stage.evaluations,
+        monitor=monitor,
+        patience=stage.patience,
+    )
+
+
+@dataclass(frozen=True)
+class SupConTask(Task):
+    """An encoder that puts images of one class together: SupCon over two augmented views of each image."""
+
+    encoder: EncoderConfig
+    stage: ContrastiveStage
+    augment: Augment
+    preprocess: Preprocess
+
+    def networks(self) -> dict[str, Network]:
+        """One network with the parts `encoder` and `projection`."""
+        return {"contrastive": Network(Contrastive(self), self.stage.optim, self.stage.ema)}
+
+    def losses(self, step: Step, nets: Nets) -> Iterator[Loss]:
+        """One loss a micro-batch; with several, the loss still sees all of them (see `_replayed`)."""
+        network = nets["contrastive"]
+        with nets.training("contrastive"):
+            if len(step.micro) > 1:
+                yield from self._replayed(step, network)
+                return
+            for _, batch in step.batches():
+                loss = self.stage.loss(network(self._views(batch, step)), batch.label)
+                yield Loss("contrastive", loss, {"loss": loss.detach()})
+
+    def _replayed(self, step: Step, network: Callable) -> Iterator[Loss]:
+        """Features of all micro-batches without gradient; the loss over all of them and its gradient for the features;
+        then each micro-batch again, carrying its part of that gradient (Gao et al. 2021, GradCache)."""
+        with torch.no_grad():
+            features = [network(self._views(batch, step)) for _, batch in step.batches()]
+        together = torch.cat(features).requires_grad_()
+        loss = self.stage.loss(together, torch.cat([batch.label for batch in step.micro]))
+        (gradient,) = torch.autograd.grad(loss, together)
+        parts = gradient.split([len(f) for f in features])
+        for k, batch in step.batches():
+            last = k == len(parts) - 1
+            value = (network(self._views(batch, step)).to(parts[k].dtype) * parts[k]).sum()
+            yield Loss("contrastive", value, {"loss": loss.detach() / len(parts)}, step=last)
+
+    def _views(self, batch: Batch, step: Step) -> Tensor:
+        """(B, C, H, W) pixels -> (B, 2, C, H, W): two independent augmentations, normalised."""
+        image = batch.unit_image()
+        views = [self.augment(image, batch.index, step.number, step.seed, f"view{v}") for v in range(2)]
+        return torch.stack([self.preprocess.normalise(view) for view in views], dim=1)
+
+    def predict(self, batch: Batch, nets: Nets) -> dict[str, Tensor]:
+        """{"embedding": (B, D) unit norm}, of the image as it is."""
+        image = self.preprocess.normalise(batch.unit_image())
+        return {"embedding": nets["contrastive"](image[:, None])[:, 0]}
+
+    def meters(self) -> dict[str, Meter]:
+        """How well nearest class centres separate the embeddings."""
+        return {"embedding": EmbeddingMeter()}
+
+
+@dataclass(frozen=True)
+class ClassifierTask(Task):
+    """One logit an image. joint: encoder and head are one network; otherwise the encoder is frozen."""
+
+    encoder: EncoderConfig
+    stage: Stage
+    loss: Callable[[Tensor, Tensor], Tensor]
+    augment: Augment
+    preprocess: Preprocess
+    joint: bool
+    prior: float
+    """Fraction of positives in a training batch: where the head's bias starts."""
+    classes: dict[str, object]
+
+    def networks(self) -> dict[str, Network]:
+        """`classifier` (joint), or `encoder` without an optimiser beside `head`."""
+        encoder = build_encoder(self.encoder, self.preprocess.channels)
+        head = LinearHead(encoder.num_features, prior=self.prior)
+        if self.joint:
+            return {"classifier": Network(Classifier(encoder, head), self.stage.optim, self.stage.ema)}
+        return {"encoder": Network(encoder), "head": Network(head, self.stage.optim, self.stage.ema)}
+
+    def losses(self, step: Step, nets: Nets) -> Iterator[Loss]:
+        """One loss a micro-batch: the mean over its images."""
+        trained = "classifier" if self.joint else "head"
+        with nets.training(trained):
+            for k, batch in step.batches():
+                logit = nets[trained](self._input(batch, nets, step))
+                value = self.loss(logit, batch.label.to(logit.dtype)) / len(step.micro)
+                yield Loss(trained, value, {"loss": value.detach()}, step=k == len(step.micro) - 1)
+
+    def _input(self, batch: Batch, nets: Nets, step: Step | None = None) -> Tensor:
+        if "encoder" in batch.cached:
+            return batch.cached["encoder"]
+        image = batch.unit_image()
+        if step is not None:
+            image = self.augment(image, batch.index, step.number, step.seed)
+        image = self.preprocess.normalise(image)
+        return image if self.joint else nets["encoder"](image)
+
+    def predict(self, batch: Batch, nets: Nets) -> dict[str, Tensor]:
+        """{"logit": (B,)}; the probability of the positive class is its sigmoid."""
+        trained = "classifier" if self.joint else "head"
+        return {"logit": nets[trained](self._input(batch, nets))}
+
+    def frozen(self, batch: Batch, nets: Nets) -> dict[str, Tensor]:
+        """{"encoder": (B, D)} features of the image as it is."""
+        return {"encoder": nets["encoder"](self.preprocess.normalise(batch.unit_image()))}
+
+    def meters(self) -> dict[str, Meter]:
+        """AUROC, AUPRC and calibration of the positive class."""
+        return {"binary": BinaryMeter()}
+
+    def parts(self, nets: Nets) -> tuple[nn.Module, nn.Module]:
+        """(encoder, head), raw."""
+        if self.joint:
+            return nets.module("classifier").encoder, nets.module("classifier").head  # type: ignore[return-value]
+        return nets.module("encoder"), nets.module("head")
+
+    def bundle(self, nets: Nets) -> Bundle:
+        """Kind "classifier": the weights of a `Classifier` with what rebuilds it."""
+        classifier = Classifier(*self.parts(nets))
+        return Bundle(
+            kind="classifier",
+            weights=dict(classifier.state_dict()),
+            model={"encoder": to_dict(dataclasses.replace(self.encoder, weights="none"))},
+            preprocess=to_dict(self.preprocess),
+            classes=dict(self.classes),
+        )
+
+
+class Contrastive(nn.Module):
+    """Encoder and projection: (B, V, C, H, W) -> (B, V, D) of unit norm."""
+
+    def __init__(self, task: SupConTask):
+        super().__init__()
+        self.encoder = build_encoder(task.encoder, task.preprocess.channels)
+        self.projection = ProjectionHead(self.encoder.num_features, out=task.stage.projection)
+
+    def forward(self, views: Tensor) -> Tensor:
+        """All views of the batch go through the encoder together."""
+        return self.projection(self.encoder(views.flatten(0, 1))).unflatten(0, views.shape[:2])
+
+
+class Classifier(nn.Module):
+    """Encoder and head: (B, C, H, W) normalised -> (B,) logits."""
+
+    def __init__(self, encoder: nn.Module, head: nn.Module):
+        super().__init__()
+        self.encoder = encoder
+        self.head = head
+
+    def forward(self, image: Tensor) -> Tensor:
+        """The logit of the positive class."""
+        return self.head(self.encoder(image))
+
+
+def load_classifier(bundle: Bundle) -> tuple[Classifier, Preprocess]:
+    """Rebuild the network of a "classifier" bundle, in eval mode, and the preprocessing it needs."""
+    if bundle.kind != "classifier":
+        raise UserError(f"the bundle holds a {bundle.kind}, not a classifier")
+    preprocess = from_dict(Preprocess, bundle.preprocess)
+    encoder = build_encoder(from_dict(EncoderConfig, bundle.model["encoder"]), preprocess.channels)
+    classifier = Classifier(encoder, LinearHead(encoder.num_features))
+    classifier.load_state_dict(bundle.weights)
+    return classifier.eval(), preprocess

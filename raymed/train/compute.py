@@ -1,0 +1,87 @@
+"""Where and how fast: workers, engine, precision, device. Nothing here changes what is learned."""
+
+import os
+import warnings
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+
+from raymed.config import UserError, check_choice, check_range
+from raymed.distributed import world_size
+
+
+@dataclass(frozen=True)
+class Compute:
+    """The machine's side of a run. The same recipe gives the same curve whatever stands here (bf16 apart)."""
+
+    workers: int = 1
+    """1: this process. More: that many Ray Train workers, each with its share of every batch."""
+    engine: Literal["auto", "torch", "deepspeed"] = "auto"
+    """auto: torch for one worker, DeepSpeed for several."""
+    zero_stage: int = 0
+    """DeepSpeed: 0 replicates everything, 1 shards the optimiser's state, 2 the gradients too."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16: fp32 weights, forward pass under autocast."""
+    compile: bool = False
+    """torch.compile the networks in training (torch engine)."""
+    channels_last: bool = True
+    """Convolutions in NHWC memory order: a quarter faster or more on CPUs, and on GPUs with bf16."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: int | None = None
+    """CPU threads a worker; None: torch's own choice alone, the CPUs that Ray gives elsewhere."""
+    cpus_per_worker: int = 1
+    """CPUs that Ray reserves for a worker or a trial."""
+
+    def __post_init__(self) -> None:
+        check_range("compute.workers", self.workers, 1)
+        check_choice("compute.engine", self.engine, ("auto", "torch", "deepspeed"))
+        check_range("compute.zero_stage", self.zero_stage, 0, 2)
+        check_choice("compute.precision", self.precision, ("fp32", "bf16"))
+        check_choice("compute.device", self.device, ("auto", "cpu", "cuda"))
+        check_range("compute.cpus_per_worker", self.cpus_per_worker, 1)
+        if self.zero_stage and self.resolved_engine(self.workers) == "torch":
+            warnings.warn("compute.zero_stage has no effect with the torch engine", stacklevel=3)
+
+    def resolved_engine(self, workers: int | None = None) -> str:
+        """"torch" or "deepspeed"."""
+        if self.engine != "auto":
+            return self.engine
+        return "deepspeed" if (workers or world_size()) > 1 else "torch"
+
+    def resolved_device(self) -> torch.device:
+        """This worker's device."""
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("compute.device is cuda, but torch sees no GPU here: use --compute.device cpu")
+        if self.device == "cpu" or not torch.cuda.is_available():
+            return torch.device("cpu")
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+
+    def autocast(self) -> AbstractContextManager:
+        """bf16 autocast, or nothing."""
+        kind = self.resolved_device().type
+        return torch.autocast(kind, dtype=torch.bfloat16, enabled=self.precision == "bf16")
+
+    def use_threads(self) -> None:
+        """Set torch's CPU threads for this process."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """Onto the device, in the memory order asked for."""
+        module = module.to(self.resolved_device())
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+
+    def warn_where_useless(self, modules: list[nn.Module]) -> None:
+        """Warn of options that do nothing for these networks on this machine."""
+        convolves = any(isinstance(m, nn.Conv2d) for module in modules for m in module.modules())
+        if self.channels_last and not convolves:
+            warnings.warn("compute.channels_last has no effect: nothing trained here convolves", stacklevel=2)
+        if self.precision == "bf16" and self.resolved_device().type == "cpu" and not _cpu_has_bf16():
+            warnings.warn("compute.precision=bf16 saves no time here: this CPU computes bf16 in fp32", stacklevel=2)
+
+
+def _cpu_has_bf16() -> bool:
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,44 @@
+"""The running average of a network's weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from raymed.tasks.task import Ema
+
+
+class Average:
+    """Shadow of a module's parameters, updated once an optimiser step; buffers are taken as they are.
+
+    shadow <- d * shadow + (1 - d) * parameter, d = min(decay, (1 + t) / (10 + t)) at update t (from 0).
+    """
+
+    def __init__(self, module: nn.Module, ema: Ema):
+        self.decay = ema.decay
+        self.updates = 0
+        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After the optimiser's step."""
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """Within: the module holds the averages. Its own weights come back bit for bit."""
+        own = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._write(self.shadow)
+        try:
+            yield
+        finally:
+            self._write(own)
+
+    @torch.no_grad()
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(values[name])

@@ -1,0 +1,252 @@
+"""The training loop: phases in, evaluations out.
+
+`Fit.run` is a generator that yields after every evaluation, so that whoever drives it (a process, a Ray Train worker, a
+Ray Tune trial) reports and decides whether to go on. It can be left or killed at any point: the next run of the same
+fit continues at the last checkpoint and repeats the uninterrupted run exactly.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from raymed.config import UserError
+from raymed.data.dataset import DataSet
+from raymed.data.sampling import BalancedSampler, RandomSampler
+from raymed.distributed import rank, world_size
+from raymed.metrics.meters import Meter
+from raymed.random import derive
+from raymed.tasks.task import Phase, Step
+from raymed.tracking.outbox import Outbox
+from raymed.train.checkpoint import Checkpoints, Progress, load_weights, resume, resume_optimizers
+from raymed.train.compute import Compute
+from raymed.train.evaluate import Feed, evaluate, shard, values
+from raymed.train.nets import Networks
+
+_FLUSH = 10  # steps between two looks at the losses: each costs a synchronisation
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped the run; its state is saved."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a fit yields."""
+
+    phase: str
+    step: int
+    """Of the phase."""
+    number: int
+    """Counted over all phases, from 1."""
+    metrics: dict[str, float]
+    """Of the validation split."""
+    loss: float
+    """Of the last training step."""
+    samples_per_second: float
+    seconds_left: float
+    """Of the phase, at this speed."""
+
+
+@dataclass
+class Fit:
+    """Phases trained one after the other on one data set, in one folder."""
+
+    phases: Sequence[Phase]
+    data: DataSet
+    folder: Path
+    seed: int
+    compute: Compute
+    outbox: Outbox | None = None
+    """Where rank 0 writes losses and metrics."""
+    interrupted: Callable[[], bool] = field(default=lambda: False)
+
+    def run(self) -> Iterator[Evaluation]:
+        """Train every phase that is not finished. Collective."""
+        first_step = first_evaluation = 0
+        for phase in self.phases:
+            for done in _PhaseRun(self, phase, first_step).run():
+                yield done(first_evaluation)
+            first_step += phase.steps
+            first_evaluation += phase.evaluations
+
+    def checkpoints(self, phase: str) -> Checkpoints:
+        """The checkpoints of a phase."""
+        return Checkpoints(self.folder / "checkpoints" / phase)
+
+    def best(self) -> tuple[Networks, Feed]:
+        """The last phase's networks at its best checkpoint (averages in place), and batches for them. Collective."""
+        phase = self.phases[-1]
+        source = self.checkpoints(phase.name).find("best")
+        if source is None:
+            raise UserError(f"phase {phase.name} has no checkpoint yet")
+        networks = Networks(phase, self.seed, self.compute)
+        networks.load_weights(load_weights(source))
+        feed = Feed(self.data, self.compute.resolved_device())
+        if phase.cache:
+            feed.keep_frozen(phase, networks)
+        return networks, feed
+
+    def score(self, splits: Sequence[str]) -> dict[str, dict[str, Meter]]:
+        """Split -> meters of the last phase at its best checkpoint. Collective."""
+        networks, feed = self.best()
+        return {split: evaluate(self.phases[-1], networks, feed, split) for split in splits}
+
+
+class _PhaseRun:
+    """One phase on its way."""
+
+    def __init__(self, fit: Fit, phase: Phase, first_step: int):
+        if phase.batch_size % (phase.accumulate * world_size()):
+            raise UserError(
+                f"{phase.name}.batch_size ({phase.batch_size}) must be a multiple of accumulate x workers "
+                f"({phase.accumulate} x {world_size()})"
+            )
+        self.fit, self.phase, self.first_step = fit, phase, first_step
+        self.checkpoints = fit.checkpoints(phase.name)
+        self.seed = derive(fit.seed, "phase", phase.name)
+        rows = fit.data.splits["train"]
+        order = derive(fit.seed, "order", phase.name)
+        if phase.balanced:
+            self.sampler = BalancedSampler(rows, fit.data.labels[rows], phase.batch_size, order)
+        else:
+            self.sampler = RandomSampler(rows, phase.batch_size, order)
+
+    def run(self) -> Iterator[Callable[[int], Evaluation]]:
+        """Train to the end of the phase, yielding at every evaluation (as a function of those of earlier phases)."""
+        last = self.checkpoints.find("last")
+        self.networks = Networks(self.phase, self.fit.seed, self.fit.compute)
+        self.progress = resume(self.networks, last, self.phase.name) if last else self._begin()
+        if self.progress.finished:
+            return
+        self.networks.build_engines(self.phase.steps)
+        if last:
+            resume_optimizers(self.networks, last, self.progress)
+        self.feed = Feed(self.fit.data, self.fit.compute.resolved_device())
+        if self.phase.cache:
+            self.feed.keep_frozen(self.phase, self.networks)
+        curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step)
+        while not self.progress.finished:
+            curve.add(self._train_step(self.progress.step))
+            self.progress.step += 1
+            if self.phase.evaluates_after(self.progress.step - 1):
+                yield self._evaluate(curve)
+            elif self.fit.interrupted():
+                curve.flush()
+                self.checkpoints.save(self.networks, self.progress, best=False)
+            if self.fit.interrupted():
+                raise Interrupted
+
+    def _begin(self) -> Progress:
+        for part, origin in self.phase.starts_from.items():
+            source = self._source(origin)
+            self.networks.load_part(part, load_weights(source), source)
+        return Progress(self.phase.name)
+
+    def _source(self, origin: str) -> Path:
+        phase, _, which = origin.rpartition(".")
+        if which in ("best", "last") and phase in {p.name for p in self.fit.phases}:
+            found = self.fit.checkpoints(phase).find(which)
+            if found is None:
+                raise UserError(f"{self.phase.name} starts from {origin}, but that phase has no checkpoint")
+            return found
+        return Path(origin)
+
+    def _train_step(self, number: int) -> dict[str, Tensor]:
+        rows = shard(self.sampler.indices(number), self.phase.accumulate)
+        step = Step(number, self.seed, rank(), tuple(self.feed.batch(part) for part in rows))
+        totals: dict[str, Tensor] = {}
+        for loss in self.phase.task.losses(step, self.networks):
+            engine = self.networks.engines[loss.trains]
+            engine.backward(loss.value, last=loss.step)
+            for name, value in loss.metrics.items():
+                totals[name] = totals.get(name, 0) + value.detach().float()
+            if loss.step:
+                totals["grad_norm"] = engine.step(number)
+                if loss.trains in self.networks.averages:
+                    self.networks.averages[loss.trains].update()
+        return totals
+
+    def _evaluate(self, curve: "_Curve") -> Callable[[int], Evaluation]:
+        speed = curve.flush() * self.phase.batch_size
+        metrics = values(evaluate(self.phase, self.networks, self.feed, "val"))
+        progress, phase = self.progress, self.phase
+        progress.evaluation += 1
+        better = self._is_best(metrics)
+        progress.stale = 0 if better else progress.stale + 1
+        worn_out = phase.patience is not None and progress.stale >= phase.patience
+        progress.finished = progress.step == phase.steps or worn_out
+        self.checkpoints.save(self.networks, progress, better)
+        if self.fit.outbox and rank() == 0:
+            named = {f"val/{name}": value for name, value in metrics.items()}
+            self.fit.outbox.metrics(named, self.first_step + progress.step)
+        curve.restart_clock()
+        left = (phase.steps - progress.step) * phase.batch_size / speed
+        step, number = progress.step, progress.evaluation
+        return lambda before: Evaluation(phase.name, step, before + number, metrics, curve.last_loss, speed, left)
+
+    def _is_best(self, metrics: dict[str, float]) -> bool:
+        if self.phase.monitor is None:
+            return True
+        value = metrics[self.phase.monitor]
+        if math.isnan(value):
+            return self.progress.best is None
+        sign = 1 if self.phase.mode == "max" else -1
+        if self.progress.best is not None and sign * value <= sign * self.progress.best:
+            return False
+        self.progress.best = value
+        return True
+
+
+class _Curve:
+    """Per-step values, averaged over the workers and written down a few steps at a time."""
+
+    def __init__(self, phase: str, first_step: int, outbox: Outbox | None, done: int):
+        self.phase, self.first_step, self.done = phase, first_step, done
+        self.outbox = outbox if rank() == 0 else None
+        self.pending: list[dict[str, Tensor]] = []
+        self.last_loss = math.nan
+        self.restart_clock()
+        if self.outbox:
+            self.outbox.rewind(first_step + done)
+
+    def restart_clock(self) -> None:
+        """The time of evaluations is not training time."""
+        self.started, self.counted = time.perf_counter(), 0
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        """One step's values."""
+        self.pending.append(values)
+        self.counted += 1
+        if len(self.pending) == _FLUSH:
+            self.flush()
+
+    def flush(self) -> float:
+        """Write what is pending; a loss that is not finite ends the run. Returns steps a second. Collective."""
+        if self.pending:
+            names = list(self.pending[0])
+            table = torch.stack([torch.stack([v[name].float() for name in names]) for v in self.pending]).cpu()
+            if world_size() > 1:
+                torch.distributed.all_reduce(table)
+                table /= world_size()
+            self._write(names, table.tolist())
+        return self.counted / (time.perf_counter() - self.started)
+
+    def _write(self, names: list[str], table: list[list[float]]) -> None:
+        self.pending = []
+        for row in table:
+            self.done += 1
+            if not all(map(math.isfinite, row)):
+                shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
+                raise UserError(
+                    f"training became not finite at step {self.done} of phase {self.phase} ({shown}). The last "
+                    "checkpoint is kept; lower the learning rate or clip the gradient"
+                )
+            if self.outbox:
+                named = {f"{self.phase}/{name}": value for name, value in zip(names, row, strict=True)}
+                self.outbox.metrics(named, self.first_step + self.done)
+            self.last_loss = row[names.index("loss")] if "loss" in names else math.nan

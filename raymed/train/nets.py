@@ -1,0 +1,128 @@
+"""The proxies through which a task sees its networks, and where their weights start from."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raymed.config import UserError
+from raymed.random import derive
+from raymed.tasks.task import Network, Phase
+from raymed.train.compute import Compute
+from raymed.train.ema import Average
+from raymed.train.engines import Engine, build_engine
+
+
+class Networks:
+    """The networks of one phase: built alike on every worker, moved by engines, seen by the task as `raymed.tasks.Nets`.
+
+    At rest every network is in eval mode. Only the one in training goes through its engine; the others are called raw
+    and frozen, since a loss that reaches two engines, or an engine's parameters past its forward pass, is wrong or an
+    error under ZeRO.
+    """
+
+    def __init__(self, phase: Phase, seed: int, compute: Compute):
+        torch.manual_seed(derive(seed, "weights", phase.name))
+        self.compute = compute
+        self.networks: dict[str, Network] = phase.task.networks()
+        self.engines: dict[str, Engine] = {}
+        self.averages: dict[str, Average] = {}
+        self.active: str | None = None
+        for network in self.networks.values():
+            compute.prepare(network.module).eval()
+            if network.optim is None:
+                network.module.requires_grad_(False)
+
+    def build_engines(self, steps: int) -> None:
+        """After the weights are where they start: an engine, and an average where asked, for each trained network."""
+        trained = {name: network for name, network in self.networks.items() if network.optim is not None}
+        self.compute.warn_where_useless([network.module for network in trained.values()])
+        for name, network in trained.items():
+            if network.ema is not None:
+                self.averages[name] = Average(network.module, network.ema)
+            self.engines[name] = build_engine(network, steps, self.compute)
+
+    def __getitem__(self, name: str) -> Any:
+        if name == self.active:
+            return self.engines[name]
+        return lambda *inputs: self._raw(self.networks[name].module, *inputs)
+
+    def _raw(self, module: nn.Module, *inputs: Tensor) -> Any:
+        with self.compute.autocast():
+            return module(*inputs)
+
+    def module(self, name: str) -> nn.Module:
+        """The raw module."""
+        return self.networks[name].module
+
+    @contextmanager
+    def training(self, name: str) -> Iterator[None]:
+        """Within, this network is in training mode and every other trained one is frozen."""
+        if name not in self.engines:
+            raise UserError(f"network {name!r} has no optimiser, so nothing can train it")
+        others = [p for other in self.engines if other != name for p in self.module(other).parameters()]
+        flags = [p.requires_grad for p in others]
+        before, self.active = self.active, name
+        self.module(name).train()
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p, flag in zip(others, flags, strict=True):
+                p.requires_grad_(flag)
+            self.module(name).eval()
+            self.active = before
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within, networks that keep an average of their weights hold it; no gradient is recorded."""
+        with ExitStack() as stack, torch.no_grad():
+            for average in self.averages.values():
+                stack.enter_context(average.swapped_in())
+            yield
+
+    def load_part(self, part: str, weights: dict[str, Tensor], source: Path) -> None:
+        """Load `part` (a network, or a child of one) from a checkpoint's weights, which are named NETWORK.PARAMETER."""
+        target = self._find_part(part)
+        found = {
+            name.split(f"{part}.", 1)[1]: value
+            for name, value in weights.items()
+            if name.startswith(f"{part}.") or f".{part}." in name
+        }
+        missing, unexpected = set(target.state_dict()) - set(found), set(found) - set(target.state_dict())
+        if missing or unexpected:
+            raise UserError(
+                f"{source} does not fit {part}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}. "
+                "Was it trained with another encoder?"
+            )
+        target.load_state_dict(found)
+
+    def _find_part(self, part: str) -> nn.Module:
+        if part in self.networks:
+            return self.module(part)
+        for network in self.networks.values():
+            if part in dict(network.module.named_children()):
+                return getattr(network.module, part)
+        raise UserError(f"no network has a part {part!r}; there are {', '.join(self.networks)}")
+
+    def weights(self, averaged: bool) -> dict[str, Tensor]:
+        """NETWORK.NAME -> tensor, of all networks, with the averages in place of their weights if asked."""
+        with ExitStack() as stack:
+            if averaged:
+                stack.enter_context(self.averaged())
+            return {
+                f"{network}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+                for network in self.networks
+                for name, tensor in self.module(network).state_dict().items()
+            }
+
+    def load_weights(self, weights: dict[str, Tensor]) -> None:
+        """The inverse of `weights`."""
+        for network in self.networks:
+            prefix = f"{network}."
+            own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+            self.module(network).load_state_dict(own)

@@ -1,0 +1,70 @@
+"""From an `Optim` to a torch optimiser; learning rate and momentum as pure functions of the step."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from raymed.tasks.task import Optim
+
+_START, _END = 25.0, 1e4  # one-cycle: first lr is peak / 25, the last that / 1e4 (Smith & Topin 2018; torch's defaults)
+_LOW_MOMENTUM = 0.85
+
+
+def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum, over the parameters that require a gradient, in named order.
+
+    Two groups: weights with decay, and biases and norm scales (fewer than two axes) without.
+    """
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+
+
+def schedule(optim: Optim, step: int, steps: int) -> tuple[float, float]:
+    """(learning rate, momentum) of step number `step` out of `steps`."""
+    rising = optim.warmup * steps
+    if optim.schedule == "one_cycle":
+        return _one_cycle(optim, step, steps, rising)
+    if step + 1 < rising:
+        return optim.lr * (step + 1) / rising, optim.momentum
+    if optim.schedule == "constant":
+        return optim.lr, optim.momentum
+    done = (step - rising) / max(1.0, steps - rising)
+    return optim.lr * (1 + math.cos(math.pi * max(0.0, done))) / 2, optim.momentum
+
+
+def _one_cycle(optim: Optim, step: int, steps: int, rising: float) -> tuple[float, float]:
+    peak_at = max(0.0, rising - 1)
+    low, first = min(_LOW_MOMENTUM, optim.momentum), optim.lr / _START
+    if step <= peak_at:
+        done = step / peak_at if peak_at else 1.0
+        return _cosine(first, optim.lr, done), _cosine(optim.momentum, low, done)
+    done = (step - peak_at) / (steps - 1 - peak_at)
+    return _cosine(optim.lr, first / _END, done), _cosine(low, optim.momentum, done)
+
+
+def _cosine(start: float, end: float, done: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
+
+
+def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
+    """Write this step's learning rate and momentum into every group (also of DeepSpeed's wrapped optimisers)."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+        if "betas" in group:
+            group["betas"] = (momentum, group["betas"][1])
+        else:
+            group["momentum"] = momentum
+
+
+def total_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Euclidean norm of all gradients together."""
+    return torch.nn.utils.get_total_norm(list(gradients))

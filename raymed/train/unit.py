@@ -1,0 +1,150 @@
+"""One training: a recipe with one seed, in one folder. Jobs, comparisons and sweeps are made of these.
+
+A unit that has finished has `result.json` in its folder and is not trained again; one that was interrupted continues.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from raymed.config import to_dict
+from raymed.data.dataset import DataSet, load
+from raymed.distributed import rank
+from raymed.metrics.classification import binary_metrics, tune_threshold
+from raymed.storage import lock, write_atomic
+from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tracking.outbox import Outbox
+from raymed.train.compute import Compute
+from raymed.train.loop import Evaluation, Fit
+
+SPLITS = ("val", "test")
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What to train and where it is kept."""
+
+    recipe: ClassifierRecipe
+    seed: int
+    folder: Path
+    key: str
+    """Names the unit for ever, e.g. for its MLflow run."""
+    name: str
+    """What people see."""
+    parent: str | None
+    """Key of the run it belongs to."""
+    cache: Path
+    """Folder of decoded images."""
+    compute: Compute = Compute()
+    part: Literal["all", "encoder"] = "all"
+    """encoder: only the SupCon phase, to be shared by several heads."""
+    tags: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def outbox(self) -> Outbox:
+        """What it tells the tracker."""
+        return Outbox(self.folder / "tracking.jsonl")
+
+    @property
+    def encoder_checkpoint(self) -> Path:
+        """Where an encoder unit leaves its encoder."""
+        return Path(json.loads((self.folder / "result.json").read_text())["checkpoint"])
+
+    def result(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None while it is not finished."""
+        path = self.folder / "result.json"
+        return json.loads(path.read_text()) if path.is_file() else None
+
+
+class UnitRun:
+    """A unit in progress, on this process or as one of several workers."""
+
+    def __init__(self, unit: Unit, interrupted: Callable[[], bool] = lambda: False):
+        self.unit = unit
+        self.data: DataSet = load_once(unit)
+        phases = unit.recipe.phases(self.data)
+        if unit.part == "encoder":
+            phases = (unit.recipe.encoder_phase(self.data),)
+        outbox = unit.outbox if rank() == 0 else None
+        self.fit = Fit(phases, self.data, unit.folder, unit.seed, unit.compute, outbox, interrupted)
+
+    def evaluations(self) -> Iterator[Evaluation]:
+        """Train. Collective."""
+        self.unit.compute.use_threads()
+        if self.fit.outbox:
+            params = {"seed": self.unit.seed, **to_dict(self.unit.recipe), "compute": to_dict(self.unit.compute)}
+            tags = {"raymed.data": self.data.fingerprint, **self.unit.tags}
+            self.fit.outbox.open(self.unit.key, self.unit.name, self.unit.parent, params, tags)
+        yield from self.fit.run()
+
+    def finish(self) -> dict[str, Any]:
+        """Score validation and test at the best checkpoint and write predictions, bundle and result. Collective."""
+        result = self._encoder_result() if self.unit.part == "encoder" else self._scores()
+        if rank() == 0:
+            write_atomic(self.unit.folder / "result.json", json.dumps(result, indent=2) + "\n")
+            self.unit.outbox.close("FINISHED")
+        return result
+
+    def _encoder_result(self) -> dict[str, Any]:
+        return {"checkpoint": str(self.fit.checkpoints("supcon").find("best"))}
+
+    def _scores(self) -> dict[str, Any]:
+        recipe, folder = self.unit.recipe, self.unit.folder
+        meters = {split: meters["binary"] for split, meters in self.fit.score(SPLITS).items()}
+        threshold = tune_threshold(meters["val"].scores, meters["val"].targets, recipe.threshold)
+        figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in SPLITS}
+        if rank() > 0:
+            return figures
+        arrays = {}
+        for split, meter in meters.items():
+            where = np.searchsorted(self.data.rows, meter.index)
+            values = {"scores": meter.scores, "targets": meter.targets, "where": where}
+            values |= {"rows": meter.index, "patients": self.data.patients[where]}
+            arrays |= {f"{split}_{name}": value for name, value in values.items()}
+        np.savez(folder / "predictions.npz", **arrays)
+        networks, _ = self.fit.best()
+        bundle = self.fit.phases[-1].task.bundle(networks)
+        bundle.operating_point = {"threshold": threshold, "criterion": recipe.threshold, "chosen_on": "val"}
+        bundle.metrics = figures
+        bundle.provenance = {"run_key": self.unit.key, "seed": self.unit.seed, "data": self.data.fingerprint}
+        bundle.save(folder / "bundle")
+        outbox = self.unit.outbox
+        outbox.artifact(folder / "bundle", "bundle")
+        outbox.artifact(folder / "predictions.npz")
+        step = sum(phase.steps for phase in self.fit.phases)
+        outbox.metrics({f"final/{s}/{name}": v for s in SPLITS for name, v in figures[s].items()}, step)
+        return figures
+
+
+def train_unit(unit: Unit, interrupted: Callable[[], bool] = lambda: False, report=lambda evaluation: None) -> dict:
+    """Train and finish a unit in this process; a finished one returns its result at once."""
+    done = unit.result()
+    if done is not None:
+        return done
+    with lock(unit.folder / "lock"):
+        run = UnitRun(unit, interrupted)
+        for evaluation in run.evaluations():
+            report(evaluation)
+        return run.finish()
+
+
+def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:
+    """A finished unit's scores, targets, rows (of the manifest), patients (codes) and where (indices of its data)."""
+    with np.load(unit.folder / "predictions.npz") as arrays:
+        return {name.removeprefix(f"{split}_"): arrays[name] for name in arrays if name.startswith(f"{split}_")}
+
+
+_LOADED: dict[str, DataSet] = {}
+
+
+def load_once(unit: Unit) -> DataSet:
+    """The unit's data; a process that trains several units on the same data reads it once."""
+    key = json.dumps([asdict(unit.recipe.data), str(unit.cache)])
+    if key not in _LOADED:
+        _LOADED.clear()
+        _LOADED[key] = load(unit.recipe.data, unit.cache)
+    return _LOADED[key]

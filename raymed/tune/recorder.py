@@ -1,0 +1,81 @@
+"""Writes what Ray Tune's trials report into the sweep's journal, and closes their MLflow runs."""
+
+from typing import Any
+
+from ray.tune import Callback, Stopper
+
+from raymed.train.job import Job
+from raymed.tune.journal import Journal
+from raymed.tune.search import TIME
+from raymed.tune.sweep import Trials
+
+
+class Recorder(Callback):
+    """Lives in the driver."""
+
+    def __init__(self, job: Job, journal: Journal, trials: Trials):
+        self.job, self.journal, self.trials = job, journal, trials
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """The tracker follows the trial and its seeds."""
+        number, params = trial.config["number"], trial.config["params"]
+        self.job.follow(self.trials.outbox(number))
+        for unit in self.trials.units(number, params):
+            self.job.follow(unit.outbox)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        """One evaluation."""
+        if not result["finished"]:
+            self.journal.reach(trial.config["number"], result[TIME], result[self.trials.metric])
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Finished by itself, or stopped by ASHA."""
+        if self.job.interrupted():
+            return  # cut off where it stood: the next run of the command continues it
+        result = trial.last_result
+        finished = bool(result.get("finished"))
+        self._end(trial, "finished" if finished else "stopped", result[self.trials.metric])
+        if not finished:
+            self.trials.outbox(trial.config["number"]).tags({"raymed.stopped_at_evaluation": str(result[TIME])})
+        self._close(trial, "FINISHED")
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        """Failed for good; the sweep goes on without it."""
+        self._end(trial, "failed", None)
+        self._close(trial, "FAILED")
+
+    def _end(self, trial: Any, status: Any, value: float | None) -> None:
+        number = trial.config["number"]
+        self.journal.end(number, status, value)
+        done = sum(t.status != "running" for t in self.journal.trials.values())
+        params = "  ".join(f"{k.rsplit('.', 1)[-1]} {_short(v)}" for k, v in trial.config["params"].items())
+        shown = "" if value is None else f"  {self.trials.metric} {value:.4f}"
+        print(f"trial {number:3d} {status:8s}{shown}  {params}  ({done} of {self.total})", flush=True)
+
+    @property
+    def total(self) -> int:
+        """Trials in the whole sweep."""
+        return self.job.config.sweep.num_trials
+
+    def _close(self, trial: Any, status: Any) -> None:
+        number, params = trial.config["number"], trial.config["params"]
+        for outbox in [self.trials.outbox(number), *(u.outbox for u in self.trials.units(number, params))]:
+            if outbox.path.is_file():
+                outbox.close(status)
+
+
+class WhenInterrupted(Stopper):
+    """Ends the whole sweep after Ctrl-C."""
+
+    def __init__(self, job: Job):
+        self.job = job
+
+    def __call__(self, trial_id: str, result: dict) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self.job.interrupted()
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
