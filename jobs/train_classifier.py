@@ -25,7 +25,7 @@ class TrainClassifier:
     seeds: tuple[int, ...] = (2023,)
     """Trainings that differ in their randomness only."""
     compute: Compute = Compute()
-    run: RunConfig = RunConfig()
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
 
 
 def recipe() -> TrainClassifier:

@@ -1,7 +1,7 @@
 """Configs: frozen dataclasses that fail at construction, print as JSON, hash, and come back from either.
 
-A config is any frozen dataclass whose fields are numbers, strings, booleans, None, tuples, or further configs. A loss is
-one too (`raymed.losses`): its fields are its hyper-parameters.
+A config is any frozen dataclass whose fields are numbers, strings, booleans, None, tuples, or further configs. A loss
+is one too (`raymed.losses`): its fields are its hyper-parameters.
 """
 
 import dataclasses
@@ -26,8 +26,9 @@ def check_range(
 ) -> None:
     """Raise UserError unless low <= value <= high (strictly where open). A tensor is checked element by element."""
     smallest, largest = (value, value) if isinstance(value, int | float) else (value.min().item(), value.max().item())
-    too_low = low is not None and (smallest <= low if low_open else not smallest >= low)
-    too_high = high is not None and (largest >= high if high_open else not largest <= high)
+    # "not", so that NaN is in no range.
+    too_low = low is not None and not (smallest > low if low_open else smallest >= low)
+    too_high = high is not None and not (largest < high if high_open else largest <= high)
     if too_low or too_high:
         above = [] if low is None else [f"{'>' if low_open else '>='} {low:g}"]
         below = [] if high is None else [f"{'<' if high_open else '<='} {high:g}"]

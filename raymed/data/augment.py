@@ -1,7 +1,8 @@
 """Random changes of a batch of images, on the device that trains.
 
 Every draw is a function of (seed, step, sample index, purpose): `raymed.random`. All geometry is one affine map and one
-resampling. The defaults suit radiographs: small rotations and zooms, strong changes of exposure.
+resampling. The defaults suit radiographs normalised image by image: brightness and contrast then matter only where
+pixels are clipped, so that gamma is the stronger change.
 """
 
 import math
@@ -34,9 +35,9 @@ class Augment:
     """Largest shift in each direction, as a fraction of the image's size."""
     flip: float = 0.5
     """Probability of a left-right mirror image."""
-    brightness: float = 0.2
+    brightness: float = 0.1
     """Largest amount added to all pixels."""
-    contrast: float = 0.3
+    contrast: float = 0.2
     """Factor about the image's mean, drawn log-uniformly from [1 / (1 + contrast), 1 + contrast]."""
     gamma: float = 0.3
     """Exponent of the pixel values, drawn log-uniformly from [1 / (1 + gamma), 1 + gamma]."""

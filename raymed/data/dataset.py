@@ -64,7 +64,7 @@ class DataSet:
     classes: names of all classes. positive: the one to be found. labels: (N,) int64, 1 = positive. class_codes: (N,)
     int64, index into classes. patients: (N,) int64 codes; without patients in the manifest, every image counts as one
     (has_patients False). cases: codes, views and sides: text, or None. rows: (N,) int64 row numbers in the manifest,
-    from 1. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels and splits.
+    from 1, ascending. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits.
     preprocess: with size, mean and std filled in. notes: what the user is to know, one line each.
     """
 
@@ -162,8 +162,8 @@ def _split(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[s
         return table
     notes.append(f"no val split is given: {config.val_fraction:.0%} of train is used")
     train = table["split"] == "train"
-    part = _assigned(table[train], positive, (1 - config.val_fraction, config.val_fraction, 0), config.split_seed)
-    table.loc[train, "split"] = part
+    fractions = (1 - config.val_fraction, config.val_fraction, 0)
+    table.loc[train, "split"] = _assigned(table.loc[train, :], positive, fractions, config.split_seed)
     return table
 
 
@@ -180,8 +180,7 @@ def _note_patients(table: pd.DataFrame, notes: list[str]) -> None:
     if "patient" not in table:
         what = "images of one patient may be in two splits" if "split" in table else "the split is by image"
         notes.append(f"no patient column: {what}, and figures may be too good (--data.patient COLUMN)")
-    elif (table["patient"] == "").any():
-        unknown = table.loc[table["patient"] == "", "row"].tolist()
+    elif unknown := table.loc[table["patient"] == "", "row"].tolist():
         notes.append(f"no patient is stated, each counts as one of its own: {rows_text(unknown)}")
 
 

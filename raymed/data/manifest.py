@@ -7,6 +7,7 @@ from 1, as in the file.
 import difflib
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,7 +116,7 @@ def read_manifest(config: DataConfig) -> Manifest:
     table = settle(table, _duplicate_rows(table), config.on_problem, notes)
     classes = names or tuple(sorted(set(table["label"])))
     _check_classes(table, classes, config, notes)
-    return Manifest(table, classes, _positive(table["label"], config.positive), notes)
+    return Manifest(table, classes, _positive(table["label"].tolist(), config.positive), notes)
 
 
 def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], Sequence[Source]]:
@@ -220,20 +221,18 @@ def _normal_form(table: pd.DataFrame, sources: Sequence[Source]) -> pd.DataFrame
 def _duplicate_rows(table: pd.DataFrame) -> Iterator[Problem]:
     """Rows for the same image: the first is kept, of the last split (test before val before train). None is where
     their labels differ."""
-    kind = "duplicate row"
-    for _, rows in table[table["source"].duplicated(keep=False)].groupby("source", sort=False):
-        if "split" in rows:
-            best = max(rows["split"], key=SPLITS.index)
-            kept, others = rows[rows["split"] == best], rows[rows["split"] != best]
-        else:
-            kept, others = rows, rows[:0]
-        first = kept["row"].iloc[0]
-        for row in others["row"]:
-            yield Problem(row, kind, f"the same image as row {first}, in another split")
-        contradiction = kept["label"].nunique() > 1
-        for row in kept["row"] if contradiction else kept["row"].iloc[1:]:
-            twin = next(r for r in kept["row"] if r != row) if contradiction else first
-            yield Problem(row, kind, f"the same image as row {twin}" + ", with another label" * contradiction)
+    splits = table["split"] if "split" in table else ["train"] * len(table)
+    copies: dict[Source, list[tuple[int, int, str]]] = {}
+    for row, split, label, source in zip(table["row"], splits, table["label"], table["source"], strict=True):
+        copies.setdefault(source, []).append((-SPLITS.index(split), row, label))
+    for rows in copies.values():
+        rows.sort()
+        best, first, _ = rows[0]
+        disputed = len({label for rank, _, label in rows if rank == best}) > 1
+        for rank, row, _ in rows[0 if disputed else 1 :]:
+            other = first if row != first else rows[1][1]
+            why = ", in another split" if rank != best else ", with another label" if disputed else ""
+            yield Problem(row, "duplicate row", f"the same image as row {other}{why}")
 
 
 def _check_classes(table: pd.DataFrame, classes: tuple[str, ...], config: DataConfig, notes: list[str]) -> None:
@@ -247,16 +246,16 @@ def _check_classes(table: pd.DataFrame, classes: tuple[str, ...], config: DataCo
         notes.append(f"classes without an image: {empty}")
 
 
-def _positive(labels: pd.Series, stated: str | None) -> str:
-    counts = labels.value_counts().sort_index()
+def _positive(labels: list[str], stated: str | None) -> str:
+    counts = dict(sorted(Counter(labels).items()))
     if stated is not None:
-        check_choice("data.positive", stated, list(counts.index))
+        check_choice("data.positive", stated, counts)
         return stated
-    listing = ", ".join(f"{name} {n} ({n / len(labels):.1%})" for name, n in counts.items())
-    flags = {name: f"--data.positive {shlex.quote(str(name))}" for name in counts.index}
-    if counts.min() > 0.9 * counts.max():
+    listing = ", ".join(f"{name} {num} ({num / len(labels):.1%})" for name, num in counts.items())
+    flags = {name: f"--data.positive {shlex.quote(name)}" for name in counts}
+    if min(counts.values()) > 0.9 * max(counts.values()):
         way_out = f"They are balanced, so only you can tell: {' or '.join(flags.values())}"
     else:
-        minority = counts.idxmin()
+        minority = min(counts, key=counts.__getitem__)
         way_out = f"It is usually the rarest, here {minority!r}: {flags[minority]}"
     raise UserError(f"data.positive is not stated: which class is to be found? The classes are {listing}. {way_out}")

@@ -1,17 +1,16 @@
 """Digital phantoms: drawn X-rays with a known truth, so that every job runs with no download.
 
-`write_hsg` draws hysterosalpingograms (HSG). Contrast medium fills the uterine cavity through a balloon catheter and runs
-into both tubes. It spills from the far (fimbrial) end of a patent tube; an occluded tube ends early or in a dilated sac
-(hydrosalpinx), and nothing spills. Attenuating things are bright, as on a radiograph: bone, contrast medium.
+`write_hsg` draws hysterosalpingograms (HSG). Contrast medium fills the uterine cavity through a balloon catheter and
+runs into both tubes. It spills from the far (fimbrial) end of a patent tube; an occluded tube ends early or in a dilated
+sac (hydrosalpinx), and nothing spills. What attenuates is bright, as on a radiograph: bone, contrast medium.
 
     anatomy (patient) -> attenuation -> photons -> blur, noise, window -> uint8
 
-The whole volume that spills has the same distribution in both classes (one large plume against two small ones), and
-bowel gas, bowel contents, phleboliths and residual contrast lie anywhere, so that brightness says nothing.
+Exposure and window are drawn at random, one large plume faces two small ones, and bowel gas, bowel contents with old
+contrast and phleboliths lie anywhere: neither brightness nor a linear model on pixels tells the classes apart.
 """
 
 import json
-import os
 import shutil
 import uuid
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from raymed.config import UserError, check_choice, check_range
 
 VIEWS = ("early", "late")
 SIDES = ("left", "right")
-SPILL_RADIUS = 0.12  # of the spill at its start, as a fraction of the image size
 
 _VERSION = 1  # counts up when the same parameters give other images
 _FILES = {"images", "manifest.csv", "phantoms.json"}
@@ -46,7 +44,7 @@ class _Anatomy:
     cavity: dict[str, float]
     bones: dict[str, float]
     blobs: np.ndarray  # (N, 6): x, y, half axes a and b, angle, attenuation (negative: gas)
-    texture: np.ndarray  # (T, T) cloud with mean 0 and standard deviation 1 over [-1.5, 1.5]^2
+    texture: np.ndarray  # (T, T) cloud, mean 0 and standard deviation 1, tiles of 3 x 3
 
 
 def hsg(
@@ -68,23 +66,19 @@ def hsg(
     check_choice("view", view, VIEWS)
     check_choice("side", side, (*SIDES, "none"))
     check_range("size", size, 32)
-    anatomy = _draw_anatomy(default_rng([seed, patient, 0]), side)
-    rng = default_rng([seed, patient, 1 + VIEWS.index(view)])
-    angle, scale, shift = rng.normal(0, 0.12), rng.uniform(1.0, 1.2), rng.uniform(-0.06, 0.06, 2)
+    anatomy = _draw_anatomy(_rng(seed, patient, "anatomy"), side)
+    rng = _rng(seed, patient, view)
+    angle, scale, shift = rng.uniform(-0.22, 0.22), rng.uniform(1.0, 1.2), rng.uniform(-0.06, 0.06, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     axis = (np.arange(size) + 0.5) * 2 / size - 1
-    pixels = np.stack(np.meshgrid(axis, axis), -1).reshape(-1, 2)
-    body = (pixels - shift) @ turn / scale
+    pixels = np.stack(np.meshgrid(axis, axis), -1)
+    body = ((pixels - shift) @ turn / scale).reshape(-1, 2)
     attenuation = _attenuation(anatomy, body, view, rng, pixel=2 / size).reshape(size, size)
-    image = _expose(attenuation, pixels.reshape(size, size, 2), rng)
-    ends = [(tube.end * scale) @ turn.T + shift for tube in anatomy.tubes]
-    points = {name: (float((x + 1) * size / 2 - 0.5), float((y + 1) * size / 2 - 0.5)) for name, (x, y) in zip(SIDES, ends, strict=True)}
-    return image, points
+    ends = [((tube.end * scale) @ turn.T + shift + 1) * size / 2 - 0.5 for tube in anatomy.tubes]
+    return _expose(attenuation, pixels, rng), {s: (float(x), float(y)) for s, (x, y) in zip(SIDES, ends, strict=True)}
 
 
-def write_hsg(
-    folder: Path, num_patients: int = 240, seed: int = 0, size: int = 96, prevalence: float = 0.25
-) -> Path:
+def write_hsg(folder: Path, num_patients: int = 240, seed: int = 0, size: int = 96, prevalence: float = 0.25) -> Path:
     """Write a set of HSG phantoms; two images a patient. Returns the path of its manifest.csv.
 
     Columns: patient, case, view (early, late), label ("occluded" or "patent", the same for both images of a patient),
@@ -100,23 +94,31 @@ def write_hsg(
     """
     check_range("num_patients", num_patients, 1)
     check_range("prevalence", prevalence, 0, 1)
-    folder = Path(folder)
-    parameters = {"version": _VERSION, "num_patients": num_patients, "seed": seed, "size": size, "prevalence": prevalence}
+    check_range("seed", seed, 0)
+    parameters = {"version": _VERSION, "num_patients": num_patients, "seed": seed, "size": size}
+    parameters["prevalence"] = float(prevalence)
+    manifest = folder / "manifest.csv"
     if _is_complete(folder, parameters):
-        return folder / "manifest.csv"
+        return manifest
     _check_ours(folder, parameters)
     unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         _write(unfinished, parameters)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(unfinished, folder)
+        # Another process may have put the same set in place meanwhile, and be using it.
+        if not _is_complete(folder, parameters):
+            shutil.rmtree(folder, ignore_errors=True)
+            unfinished.rename(folder)
     except OSError:
-        # Another process may have put the same set in place first.
         if not _is_complete(folder, parameters):
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return folder / "manifest.csv"
+    return manifest
+
+
+def _rng(seed: int, patient: int, purpose: str) -> Generator:
+    # From 1: numpy's seed sequences ignore trailing zeros.
+    return default_rng([seed, patient, 1 + ("anatomy", *VIEWS, "sides").index(purpose)])
 
 
 def _write(folder: Path, parameters: dict) -> None:
@@ -131,13 +133,10 @@ def _write(folder: Path, parameters: dict) -> None:
             image, ends = hsg(patient, view, side, seed=seed, size=size)
             name = f"images/P{patient:04d}_{view}.png"
             Image.fromarray(image).save(folder / name)
-            points = {f"{s}_{axis}": round(value, 2) for s in SIDES for axis, value in zip("xy", ends[s], strict=True)}
             label = "patent" if side == "none" else "occluded"
-            rows.append(
-                {"patient": f"P{patient:04d}", "case": f"C{patient:04d}", "view": view, "label": label, "side": side}
-                | {"image": name}
-                | points
-            )
+            row = {"patient": f"P{patient:04d}", "case": f"C{patient:04d}", "view": view, "label": label, "side": side}
+            points = {f"{s}_{axis}": round(value, 2) for s in SIDES for axis, value in zip("xy", ends[s], strict=True)}
+            rows.append(row | {"image": name} | points)
     pd.DataFrame(rows).to_csv(folder / "manifest.csv", index=False)
     (folder / "phantoms.json").write_text(json.dumps(parameters))
 
@@ -145,24 +144,27 @@ def _write(folder: Path, parameters: dict) -> None:
 def _sides(num_patients: int, seed: int, prevalence: float) -> list[str]:
     num_occluded = round(prevalence * num_patients)
     sides = [SIDES[i % 2] for i in range(num_occluded)] + ["none"] * (num_patients - num_occluded)
-    return [sides[i] for i in default_rng([seed, 2**32]).permutation(num_patients)]
+    return [sides[i] for i in _rng(seed, 0, "sides").permutation(num_patients)]
 
 
 def _is_complete(folder: Path, parameters: dict) -> bool:
-    record = folder / "phantoms.json"
-    if not record.is_file() or json.loads(record.read_text()) != parameters or not (folder / "manifest.csv").is_file():
+    if not all((folder / name).exists() for name in _FILES):
         return False
-    return len(list(folder.glob("images/*.png"))) == parameters["num_patients"] * len(VIEWS)
+    written = [image for image in folder.glob("images/*.png") if image.stat().st_size]
+    return _parameters_of(folder) == parameters and len(written) == parameters["num_patients"] * len(VIEWS)
 
 
 def _check_ours(folder: Path, parameters: dict) -> None:
-    if not folder.exists():
-        return
+    """Only what this module wrote, with the same parameters, is ever replaced."""
+    if folder.is_file() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FILES):
+        raise UserError(f"{folder} holds other files; give the phantoms a folder of their own")
+    if _parameters_of(folder) not in (None, parameters):
+        raise UserError(f"{folder} holds phantoms of other parameters; give another folder, or delete this one")
+
+
+def _parameters_of(folder: Path) -> dict | None:
     record = folder / "phantoms.json"
-    other = record.is_file() and json.loads(record.read_text()) != parameters
-    if other or not folder.is_dir() or {entry.name for entry in folder.iterdir()} - _FILES:
-        what = "phantoms of other parameters" if other else "other files"
-        raise UserError(f"{folder} holds {what}; choose another folder, or delete it first")
+    return json.loads(record.read_text()) if record.is_file() else None
 
 
 def _draw_anatomy(rng: Generator, side: str) -> _Anatomy:
@@ -187,46 +189,49 @@ def _draw_anatomy(rng: Generator, side: str) -> _Anatomy:
     }
     texture = _cloud(rng)
     volume = np.exp(rng.uniform(np.log(1.0), np.log(1.9)))
-    left_share = rng.uniform(0.36, 0.64)
-    shares = {"none": (left_share, 1 - left_share), "left": (0.0, 0.75), "right": (0.75, 0.0)}[side]
-    cornua = cavity["half_width"], cavity["top"] + cavity["fundus"] + 0.01
-    tubes = tuple(
-        _draw_tube(rng, sign, cornua, volume * share) for sign, share in zip((-1, 1), shares, strict=True)
-    )
-    return _Anatomy(tubes, cavity, bones, _draw_blobs(rng, [tube.end for tube in tubes]), texture)
+    share = rng.uniform(0.36, 0.64)
+    # What cannot leave by one tube leaves by the other, three quarters of it.
+    volumes = {"none": (volume * share, volume * (1 - share)), "left": (0, 0.75 * volume), "right": (0.75 * volume, 0)}
+    cornu = np.array([cavity["half_width"], cavity["top"] + cavity["fundus"] + 0.01])
+    left, right = (_draw_tube(rng, cornu, spilled) for spilled in volumes[side])
+    left = _Tube(left.path * [-1, 1], left.radius, left.spill * [-1, 1, 1], left.end * [-1, 1])
+    return _Anatomy((left, right), cavity, bones, _draw_blobs(rng, (left.end, right.end)), texture)
 
 
-def _draw_tube(rng: Generator, sign: int, cornua: tuple[float, float], volume: float) -> _Tube:
-    """A winding tube; `volume` of what spills, 0 for an occluded one."""
+def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
+    """The tube on the right of the image; `volume` of what spills, 0 for an occluded one."""
     t = np.linspace(0, 1, 56)
-    start = np.array(cornua)
+    path = _draw_path(rng, t, cornu)
+    radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
+    spill = _draw_spill(rng, path[-1], volume)
+    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.6
+    sac, sac_start = rng.uniform(0.065, 0.105), rng.uniform(0.35, 0.6)
+    if volume > 0:
+        return _Tube(path, radius, spill, path[-1])
+    if has_sac:  # blocked at its far end and dilated: hydrosalpinx
+        radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
+        return _Tube(path, radius, spill[:0], path[-1])
+    filled = t <= cut  # blocked on the way, with a blunt tip
+    tip = 0.028 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
+    return _Tube(path[filled], radius[filled] + tip, spill[:0], path[-1])
+
+
+def _draw_path(rng: Generator, t: np.ndarray, cornu: np.ndarray) -> np.ndarray:
+    """A Bezier curve from the cornu up, out and down to the ovary, with a winding of growing and ending width."""
     end = np.array([rng.uniform(0.48, 0.66), rng.uniform(-0.12, 0.3)])
-    rise = start + [rng.uniform(0.1, 0.2), rng.uniform(-0.2, 0.05)]
+    rise = cornu + [rng.uniform(0.1, 0.2), rng.uniform(-0.2, 0.05)]
     fall = end + [rng.uniform(-0.05, 0.15), rng.uniform(-0.4, -0.1)]
-    weights = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], 1)
-    path = weights @ np.stack([start, rise, fall, end])
+    bernstein = np.stack([(1 - t) ** 3, 3 * t * (1 - t) ** 2, 3 * t**2 * (1 - t), t**3], 1)
+    path = bernstein @ np.stack([cornu, rise, fall, end])
     normal = np.gradient(path, axis=0)[:, ::-1] * [-1, 1]
     normal /= np.linalg.norm(normal, axis=1, keepdims=True)
-    winding = sum(
-        rng.uniform(0.3, 1) * np.sin(2 * np.pi * (f * t + rng.uniform())) for f in (rng.uniform(1.5, 3), rng.uniform(3.5, 5.5))
-    )
-    path = path + normal * (winding * 0.035 * np.sin(np.pi * t))[:, None]
-    radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
-    cut, sac, sac_start, has_sac = rng.uniform(0.25, 0.85), rng.uniform(0.065, 0.105), rng.uniform(0.35, 0.6), rng.random() < 0.6
-    spill = _draw_spill(rng, end, max(volume, 1e-9))
-    if volume == 0:
-        spill = spill[:0]
-        if has_sac:
-            radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
-        else:
-            filled = t <= cut
-            path, radius = path[filled], radius[filled] + 0.028 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
-    mirror = np.array([sign, 1])
-    return _Tube(path * mirror, radius, spill * [sign, 1, 1], end * mirror)
+    turns, gain, phase = rng.uniform([1.5, 3.5], [3, 5.5]), rng.uniform(0.3, 1, 2), rng.uniform(0, 1, 2)
+    winding = np.sin(2 * np.pi * (t[:, None] * turns + phase)) @ gain
+    return path + normal * (0.035 * winding * np.sin(np.pi * t))[:, None]
 
 
 def _draw_spill(rng: Generator, end: np.ndarray, volume: float) -> np.ndarray:
-    """A random walk of soft balls, down and towards the middle. Area ~ volume."""
+    """A random walk of soft balls, down and towards the middle; its area grows with the volume."""
     num_balls = 14
     heading = rng.uniform(0.1, 0.8) * np.pi + np.cumsum(rng.normal(0, 0.9, num_balls))
     steps = np.stack([np.cos(heading), np.sin(heading)], 1) * rng.uniform(0.04, 0.1, (num_balls, 1)) * np.sqrt(volume)
@@ -236,25 +241,20 @@ def _draw_spill(rng: Generator, end: np.ndarray, volume: float) -> np.ndarray:
     return np.column_stack([end + np.cumsum(steps, 0), radius])
 
 
-def _draw_blobs(rng: Generator, ends: list[np.ndarray]) -> np.ndarray:
+def _draw_blobs(rng: Generator, ends: tuple[np.ndarray, ...]) -> np.ndarray:
     """Bowel gas, bowel contents with old contrast, phleboliths; away from the fimbrial ends, whose truth is stated."""
-    kinds = [(rng.integers(2, 7), (0.05, 0.14), (-0.3, -0.12)), (rng.integers(0, 4), (0.04, 0.11), (0.15, 0.45))]
-    kinds.append((rng.integers(0, 4), (0.012, 0.02), (0.4, 0.9)))
-    blobs = []
-    for count, (small, large), (low, high) in kinds:
-        for _ in range(count):
-            x, y = rng.uniform(-0.95, 0.95, 2)
-            a, b = rng.uniform(small, large, 2)
-            if min(np.hypot(x - ex, y - ey) for ex, ey in ends) > 0.2 + max(a, b):
-                blobs.append((x, y, a, b, rng.uniform(0, np.pi), rng.uniform(low, high)))
-    return np.array(blobs).reshape(-1, 6)
+    gas, contents, phleboliths = rng.integers(2, 7), rng.integers(0, 4), rng.integers(0, 4)
+    kinds = [(gas, 0.05, 0.14, -0.3, -0.12), (contents, 0.04, 0.11, 0.15, 0.45), (phleboliths, 0.012, 0.02, 0.4, 0.9)]
+    limits = [(n, [-0.95, -0.95, a, a, 0, low], [0.95, 0.95, b, b, np.pi, high]) for n, a, b, low, high in kinds]
+    blobs = np.concatenate([rng.uniform(low, high, (n, 6)) for n, low, high in limits])
+    distance = np.linalg.norm(blobs[:, None, :2] - np.stack(ends), axis=-1).min(1)
+    return blobs[distance > 0.2 + blobs[:, 2:4].max(1)]
 
 
 def _cloud(rng: Generator, size: int = 64) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
-    octaves = [gaussian_filter(rng.normal(size=(size, size)), s, mode="wrap") * s**1.6 for s in (1, 2, 4, 8)]
-    cloud = sum(octaves)
+    cloud = sum(s**1.6 * gaussian_filter(rng.normal(size=(size, size)), s, mode="wrap") for s in (1, 2, 4, 8))
     return (cloud - cloud.mean()) / cloud.std()
 
 
@@ -263,17 +263,19 @@ def _attenuation(anatomy: _Anatomy, body: np.ndarray, view: str, rng: Generator,
     from scipy.ndimage import map_coordinates
 
     x, y = body.T
-    at = (np.stack([y, x]) + 1.5) / 3 * len(anatomy.texture)
-    cloud, streaks = (map_coordinates(anatomy.texture, at * [[f], [g]], order=1, mode="grid-wrap") for f, g in ((1, 1), (3, 1.5)))
+    at = np.stack([y, x]) / 3 * len(anatomy.texture)
+    cloud = map_coordinates(anatomy.texture, at, order=1, mode="grid-wrap")
+    streaks = map_coordinates(anatomy.texture, at * [[3], [1.5]], order=1, mode="grid-wrap")
     late = view == "late"
     filling = rng.uniform(0.45, 0.9) if late else rng.uniform(0.8, 1.1)
-    tissue = 1.2 - 0.25 * np.hypot(x, 0.8 * y) ** 2 + 0.06 * cloud
-    contrast = filling * _cavity(anatomy.cavity, x, y, pixel)
+    spread, density = rng.uniform([1.1, 0.4], [1.35, 0.65]) if late else rng.uniform([0.8, 0.5], [1.0, 0.75])
+    tissue = 1.2 - 0.25 * (x**2 + (0.8 * y) ** 2) + 0.06 * cloud
+    contrast = _cavity(anatomy.cavity, x, y, pixel)
+    spill = np.zeros_like(x)
     for tube in anatomy.tubes:
-        contrast = np.maximum(contrast, filling * _strand(tube.path, tube.radius, body, pixel, gain=26))
-    spread, amount = (rng.uniform(1.1, 1.35), rng.uniform(0.4, 0.65)) if late else (rng.uniform(0.8, 1.0), rng.uniform(0.5, 0.75))
-    spill = sum(_plume(tube.spill, body, cloud, streaks, spread) for tube in anatomy.tubes)
-    return tissue + _bones(anatomy.bones, x, y) + _blobs(anatomy.blobs, x, y) + contrast + amount * spill
+        contrast = np.maximum(contrast, _strand(tube.path, tube.radius, body, pixel, gain=26))
+        spill += _plume(tube.spill, body, cloud, streaks, spread)
+    return tissue + _bones(anatomy.bones, x, y) + _blobs(anatomy.blobs, x, y) + filling * contrast + density * spill
 
 
 def _cavity(p: dict[str, float], x: np.ndarray, y: np.ndarray, pixel: float) -> np.ndarray:
@@ -305,11 +307,10 @@ def _strand(path: np.ndarray, radius: np.ndarray, body: np.ndarray, pixel: float
 
 def _plume(spill: np.ndarray, body: np.ndarray, cloud: np.ndarray, streaks: np.ndarray, spread: float) -> np.ndarray:
     """Free contrast medium between the bowel loops: streaky, with a ragged edge."""
-    if not len(spill):
-        return np.zeros(len(body))
     squared = _squared_distance(body, spill[:, :2]) / np.float32(2 * (spread * spill[:, 2]) ** 2)
     field = np.exp(-squared).sum(1)
-    return _soft((field * (1 + 0.45 * cloud) - 0.55) * 1.6) * (0.65 + 0.5 * np.tanh(streaks)) * np.minimum(field / 0.3, 1)
+    ragged = _soft((field * (1 + 0.45 * cloud) - 0.55) * 1.6) * np.minimum(field / 0.3, 1)
+    return ragged * (0.65 + 0.5 * np.tanh(streaks))
 
 
 def _squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -320,8 +321,9 @@ def _squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _bones(p: dict[str, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Sacrum (top middle), iliac wings (top corners), hips, pelvic brim and pubic rami (bottom)."""
-    foramina = sum(np.exp(-(((np.abs(x) - 0.13) / 0.045) ** 2) - ((y - row) / 0.035) ** 2) for row in (-0.85, -0.62, -0.4))
-    sacrum = p["sacrum"] * _soft((0.25 + 0.2 * (-0.6 - y) - np.abs(x)) / 0.1) * _soft((-0.3 - y) / 0.15) * (1 - 0.4 * foramina)
+    column = ((np.abs(x) - 0.13) / 0.045) ** 2
+    foramina = sum(np.exp(-column - ((y - row) / 0.035) ** 2) for row in (-0.85, -0.62, -0.4))
+    sacrum = _soft((0.25 + 0.2 * (-0.6 - y) - np.abs(x)) / 0.1) * _soft((-0.3 - y) / 0.15) * (1 - 0.4 * foramina)
     wing = np.hypot((np.abs(x) - 1.15 * p["width"]) / 0.6, (y + 0.7) / 0.65)
     ilium = p["ilium"] * _soft((1 - wing) / 0.12)
     hip = 0.7 * p["ilium"] * _soft((0.27 - np.hypot(np.abs(x) - 1.02 * p["width"], y - 0.55)) / 0.05)
@@ -329,7 +331,7 @@ def _bones(p: dict[str, float], x: np.ndarray, y: np.ndarray) -> np.ndarray:
     thickness = np.interp(y, [-0.2, 0.3, 0.8], [0.04, 0.06, 0.12])
     symphysis = 1 - np.exp(-((x / 0.025) ** 2))
     brim = p["pubis"] * _soft(rim / 0.03) * np.exp(-np.maximum(rim, 0) / thickness) * _soft((y + 0.1) / 0.3) * symphysis
-    return sacrum + ilium + hip + brim
+    return p["sacrum"] * sacrum + ilium + hip + brim
 
 
 def _blobs(blobs: np.ndarray, x: np.ndarray, y: np.ndarray) -> np.ndarray:

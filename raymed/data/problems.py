@@ -47,7 +47,7 @@ def settle(
         notes.append(f"left out, {kind}: {rows_text([p.row for p in problems if p.kind == kind])}")
     if len(rows) == len(table):
         raise UserError("\n".join(["no row of the manifest is left:", *notes]))
-    return table[~table["row"].isin(rows)]
+    return table.loc[[row not in rows for row in table["row"]], :]
 
 
 def rows_text(rows: list[int]) -> str:

@@ -186,7 +186,9 @@ def _to_uint(values: np.ndarray, window: Window | None, dtype: type, function: s
 
 def _read_dicom(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
     import pydicom
-    from pydicom.pixels import apply_color_lut, apply_rescale, pixel_array
+    import pydicom.config
+    from pydicom.pixels.processing import apply_color_lut, apply_rescale
+    from pydicom.pixels.utils import pixel_array
 
     # A warning about an invalid value would print it, and it may name the patient.
     pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
@@ -208,7 +210,7 @@ def _read_dicom(path: Path, frame: int | None, window: Window | None) -> np.ndar
 
 
 def _check_transfer_syntax(ds: "Dataset") -> None:
-    from pydicom.pixels import get_decoder
+    from pydicom.pixels.decoders.base import get_decoder
 
     uid = ds.file_meta.get("TransferSyntaxUID") if hasattr(ds, "file_meta") else None
     if uid is None:
@@ -242,12 +244,16 @@ def _stated_window(ds: "Dataset") -> Window | None:
 
 
 def _read_nifti(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
-    import nibabel
+    from nibabel.filebasedimages import ImageFileError
+    from nibabel.loadsave import load
+    from nibabel.spatialimages import SpatialImage
 
     try:
-        image = nibabel.load(path)
-    except nibabel.filebasedimages.ImageFileError as error:
+        image = load(path)
+    except ImageFileError as error:
         raise ImageProblem("not a NIfTI file, or a damaged one") from error
+    if not isinstance(image, SpatialImage):
+        raise ImageProblem("a NIfTI file without an image in it")
     shape = image.shape + (1,) * (3 - len(image.shape))
     if len(image.shape) < 2 or np.prod(shape[3:]) > 1:
         raise ImageProblem(f"has the shape {image.shape}: store each volume in a file of its own")

@@ -19,16 +19,16 @@ def crossing(table: pd.DataFrame, column: str, kind: str) -> list[Problem]:
     Args:
         table: with the columns row, split and `column`; an empty value belongs to nobody.
     """
-    rank = table["split"].map(SPLITS.index)
-    known = table[column] != ""
-    best = rank[known].groupby(table.loc[known, column]).transform("max")
-    rows = table["row"]
-    problems = []
-    winners = rows[known][rank[known] == best].groupby(table.loc[known, column]).first()
-    for i in best.index[rank[known] < best]:
-        winner = f"row {winners[table.at[i, column]]} ({SPLITS[best[i]]})"
-        problems.append(Problem(int(rows[i]), kind, f"({table.at[i, 'split']}) the same {column} as {winner}"))
-    return problems
+    records = list(zip(table["row"].tolist(), table["split"].tolist(), table[column].tolist(), strict=True))
+    last: dict[str, tuple[int, int]] = {}  # value -> (position of its last split, a row there)
+    for row, split, value in records:
+        if value and SPLITS.index(split) > last.get(value, (-1, 0))[0]:
+            last[value] = SPLITS.index(split), row
+    return [
+        Problem(row, kind, f"({split}) the same {column} as row {last[value][1]} ({SPLITS[last[value][0]]})")
+        for row, split, value in records
+        if value and SPLITS.index(split) < last[value][0]
+    ]
 
 
 def linked(patients: Sequence[str] | None, hashes: Sequence[str]) -> list[str]:
@@ -45,8 +45,10 @@ def linked(patients: Sequence[str] | None, hashes: Sequence[str]) -> list[str]:
     num_owners, num_nodes = owners.max() + 1, owners.max() + contents.max() + 2
     edges = coo_matrix((np.ones(len(keys)), (owners, contents + num_owners)), shape=(num_nodes, num_nodes))
     component = connected_components(edges, directed=False)[1][owners]
-    first = pd.Series(keys).groupby(component).min()
-    return [first[c] for c in component]
+    name: dict[int, str] = {}
+    for c, key in zip(component, keys, strict=True):
+        name[c] = min(key, name.get(c, key))
+    return [name[c] for c in component]
 
 
 def assign(
@@ -86,12 +88,11 @@ def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, sp
     Args:
         what: the groups are, "patient" or "image".
     """
-    found, rest = f"the positive class {positive!r} has", "the other classes have"
-    sides = [found if label == positive else rest for label in labels]
-    for side, num in pd.Series(groups).groupby(sides).nunique().items():
+    for side, who in ((True, f"the positive class {positive!r} has"), (False, "the other classes have")):
+        num = len({group for group, label in zip(groups, labels, strict=True) if (label == positive) == side})
         if num < len(splits):
             raise UserError(
-                f"{side} {num} {what}{'s' * (num != 1)}, too few to divide into {', '.join(splits)}: "
+                f"{who} {num} {what}{'s' * (num != 1)}, too few to divide into {', '.join(splits)}: "
                 "each of them needs at least one"
             )
 
@@ -99,24 +100,25 @@ def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, sp
 def check_filled(table: pd.DataFrame, positive: str) -> None:
     """Raise UserError unless each split has images of the positive class and of others."""
     for split in SPLITS:
-        labels = table.loc[table["split"] == split, "label"]
-        if labels.empty:
-            raise UserError(f"the split {split} has no image (--data.split '' splits afresh)")
-        if labels.eq(positive).nunique() == 1:
-            which = "but those of" if labels.iloc[0] == positive else "of"
-            what = f"has no image {which} the positive class {positive!r}"
-            raise UserError(f"the split {split} {what} (--data.split '' splits afresh)")
+        labels = set(table.loc[table["split"] == split, "label"].tolist())
+        missing = f"no image of the positive class {positive!r}" if positive not in labels else None
+        missing = f"no image but those of the positive class {positive!r}" if labels == {positive} else missing
+        missing = "no image" if not labels else missing
+        if missing:
+            raise UserError(f"the split {split} has {missing} (--data.split '' splits afresh)")
 
 
 def duplicate_notes(table: pd.DataFrame) -> list[str]:
     """What to say of exact duplicates that stay: those within a split, and those with two labels."""
-    notes = []
-    for split in SPLITS:
-        part = table[table["split"] == split]
-        again = part.loc[part["pixels"].duplicated(), "row"].tolist()
-        if again:
-            notes.append(f"exact duplicates within {split}, kept: {rows_text(again)}")
-    contradicting = table.groupby("pixels")["label"].transform("nunique") > 1
-    if contradicting.any():
-        notes.append(f"the same image under two labels, kept: {rows_text(table.loc[contradicting, 'row'].tolist())}")
-    return notes
+    again: dict[str, list[int]] = {split: [] for split in SPLITS}
+    rows: dict[str, list[int]] = {}
+    labels: dict[str, set[str]] = {}
+    columns = (table[name].tolist() for name in ("row", "split", "pixels", "label"))
+    for row, split, pixels, label in zip(*columns, strict=True):
+        if pixels in rows:
+            again[split].append(row)
+        rows.setdefault(pixels, []).append(row)
+        labels.setdefault(pixels, set()).add(label)
+    notes = [f"exact duplicates within {split}, kept: {rows_text(found)}" for split, found in again.items() if found]
+    disputed = sorted(row for pixels, names in labels.items() if len(names) > 1 for row in rows[pixels])
+    return notes + [f"the same image under two labels, kept: {rows_text(disputed)}"] * bool(disputed)

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raymed.config import UserError, check_choice
-
 
 class Encoder(Protocol):
     """What Grad-CAM needs of an encoder."""

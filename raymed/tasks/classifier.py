@@ -38,7 +38,10 @@ Losses = dataclasses.make_dataclass(
     "Losses",
     [(name, loss, field(default=loss())) for name, loss in LOSSES.items()],
     frozen=True,
-    namespace={"__doc__": "The hyper-parameters of every loss; a run reads those of its own method."},
+    namespace={
+        "__doc__": "The hyper-parameters of every loss; a run reads those of its own method.",
+        "__module__": __name__,  # where pickle finds it again
+    },
 )
 
 
@@ -47,14 +50,15 @@ class Stage:
     """How long and how one phase is trained."""
 
     steps: int = 600
-    batch_size: int = 128
+    batch_size: int = 64
     """Over all workers and micro-batches."""
     accumulate: int = 1
     """Micro-batches a step."""
     balanced: bool = False
     """Equal numbers of both classes in a batch."""
-    optim: Optim = Optim()
-    ema: Ema | None = None
+    optim: Optim = Optim(lr=4e-3)
+    ema_decay: float | None = 0.99
+    """Of the running average of the weights that is evaluated and kept; None = off."""
     evaluations: int = 10
     """How often the validation split is scored."""
     patience: int | None = None
@@ -66,18 +70,22 @@ class Stage:
         check_range("accumulate", self.accumulate, 1)
         check_range("evaluations", self.evaluations, 1, self.steps)
 
+    @property
+    def ema(self) -> Ema | None:
+        """The average as the loop wants it."""
+        return None if self.ema_decay is None else Ema(self.ema_decay)
+
 
 @dataclass(frozen=True)
 class ContrastiveStage(Stage):
     """The SupCon phase."""
 
-    batch_size: int = 256
     balanced: bool = True
     loss: SupConLoss = SupConLoss(temperature=0.1)
     projection: int = 128
     """Width of the projection that SupCon compares; dropped afterwards."""
     encoder_from: str | None = None
-    """A checkpoint's folder: its encoder is taken, and the phase left out."""
+    """The folder of a checkpoint, or of a phase's checkpoints: its encoder is taken, and the phase left out."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,7 @@ class ClassifierRecipe:
     supcon: ContrastiveStage = ContrastiveStage()
     single: Stage = Stage()
     """The one phase of ce, focal and asl."""
-    head: Stage = Stage(steps=500, batch_size=256, optim=Optim(lr=1e-2))
+    head: Stage = Stage(steps=480, batch_size=256, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
     """The second phase of supcon_*."""
     threshold: Literal["accuracy", "youden", "f1"] = "accuracy"
     """What the decision threshold makes largest on the validation split."""

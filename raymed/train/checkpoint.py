@@ -13,10 +13,11 @@ import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from raymed.config import UserError
-from raymed.distributed import rank
+from raymed.distributed import rank, world_size
 from raymed.storage import write_atomic
 from raymed.train.engines import OptimizerState
 from raymed.train.nets import Networks
@@ -58,12 +59,18 @@ class Checkpoints:
         return self.folder / names[which] if which in names else None
 
     def save(self, networks: Networks, progress: Progress, best: bool) -> None:
-        """Write a checkpoint and make it the last one, and the best one if it is. Collective; rank 0 writes."""
+        """Write a checkpoint and make it the last one, and the best one if it is.
+
+        Collective: rank 0 writes, and all go on when the checkpoint is there.
+        """
         states = {name: engine.optimizer_state() for name, engine in networks.engines.items()}
+        if rank() == 0:
+            self._save(networks, progress, states, best)
+        if world_size() > 1:
+            torch.distributed.barrier()
+
+    def _save(self, networks: Networks, progress: Progress, states: dict[str, OptimizerState], best: bool) -> None:
         name = f"step-{progress.step:06d}"
-        last = self.find("last")
-        if rank() > 0 or (last is not None and last.name == name):
-            return
         progress.ema_updates = {name: average.updates for name, average in networks.averages.items()}
         temporary = self.folder / f".{name}-{os.getpid()}"
         shutil.rmtree(temporary, ignore_errors=True)

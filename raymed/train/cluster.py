@@ -1,5 +1,6 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
 
+import logging
 import os
 import tempfile
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ _ENVIRONMENT = {
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would resolve an environment in every worker
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it saves the state first
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # progress is ours to print
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials are recorded in our own journal
 }
 
@@ -27,6 +30,8 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     import ray
 
+    for chatty in ("ray._private.authentication", "ray.tune"):  # what they have to say, the journal and our lines say
+        logging.getLogger(chatty).setLevel(logging.ERROR)
     if ray.is_initialized():
         yield
         return
@@ -61,7 +66,7 @@ def require(cpus: float, gpus: float = 0, *, at_once: int = 1, advice: str) -> i
     )
     if fits < 1:
         raise UserError(
-            f"this needs {cpus:g} CPUs and {gpus:g} GPUs at a time, and the cluster has {have.get('CPU', 0):g} CPUs and "
-            f"{have.get('GPU', 0):g} GPUs: {advice}"
+            f"this needs {cpus:g} CPUs and {gpus:g} GPUs at a time, and the cluster has {have.get('CPU', 0):g} CPUs "
+            f"and {have.get('GPU', 0):g} GPUs: {advice}"
         )
     return fits

@@ -78,7 +78,7 @@ class Compute:
         """Warn of options that do nothing for these networks on this machine."""
         convolves = any(isinstance(m, nn.Conv2d) for module in modules for m in module.modules())
         if self.channels_last and not convolves:
-            warnings.warn("compute.channels_last has no effect: nothing trained here convolves", stacklevel=2)
+            warnings.warn("compute.channels_last has no effect: no network here convolves", stacklevel=2)
         if self.precision == "bf16" and self.resolved_device().type == "cpu" and not _cpu_has_bf16():
             warnings.warn("compute.precision=bf16 saves no time here: this CPU computes bf16 in fp32", stacklevel=2)
 

@@ -84,7 +84,6 @@ class DeepSpeedEngine:
 
     def _still_step(self) -> None:
         """Zero gradients at learning rate zero: state appears, weights stay bit for bit."""
-        self.module.train()
         self.backward(sum((p * 0).sum() for _, p in self._trained()), last=True)
         set_schedule(self.engine.optimizer, 0.0, self.optim.momentum)
         self.engine.step()

@@ -111,7 +111,7 @@ def write_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: Opti
     for name, p in module.named_parameters():
         if name in state:
             optimizer.state[p] = {
-                key: value.clone() if key == "step" else value.to(p.device, copy=True)
+                key: value.clone() if key == "step" else torch.empty_like(p).copy_(value)
                 for key, value in state[name].items()
             }
 

@@ -15,9 +15,8 @@ from raymed.report.summary import write_summary
 from raymed.storage import local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
-from raymed.train.compute import Compute
 from raymed.train.loop import Evaluation, Interrupted
-from raymed.train.unit import Unit
+from raymed.train.unit import Unit, load_data
 
 _NOT_IDENTITY = ("run", "compute")  # where and under which name: the same run may continue elsewhere
 C = TypeVar("C")
@@ -114,16 +113,17 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
     storage = resolve_storage(config.run.storage)
     name = config.run.name or f"{kind}-{config_hash(config, _NOT_IDENTITY)[:8]}"
     folder = storage / "runs" / name
+    recipe = _with_phantoms(config.recipe, storage)
+    data = load_data(recipe.data, local_folder(storage, "cache"))
     with ExitStack() as stack:
         stack.enter_context(lock(folder / "lock"))
         _claim(folder, name, kind, config)
-        recipe = _with_phantoms(config.recipe, storage)
         interrupted = stack.enter_context(_listen())
         tracker = stack.enter_context(Tracker(config.run.tracking, config.run.experiment, storage))
         job = Job(kind, config, recipe, name, storage, interrupted, tracker)
         _open_run(job)
         stack.enter_context(SystemMetrics(job.outbox))
-        print(f"run {name} in {folder}", flush=True)
+        print(f"{data.summary()}\nrun {name} in {folder}", flush=True)
         try:
             yield job
         except BaseException as error:
@@ -162,7 +162,7 @@ def _claim(folder: Path, name: str, kind: str, config: Any) -> None:
     changed = [f for f in sorted(old | new) if old.get(f) != new.get(f) and f.split(".")[0] not in _NOT_IDENTITY]
     shown = ", ".join(f"{f} was {old.get(f)!r} and is {new.get(f)!r}" for f in changed[:5])
     raise UserError(
-        f"run {name!r} exists with another config ({shown or theirs['job']}): choose another --run.name, or repeat it "
+        f"run {name!r} exists with another config ({shown or theirs['job']}): choose another --name, or repeat it "
         "with its own config"
     )
 
@@ -174,7 +174,9 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
     from raymed.data.phantoms import write_hsg
 
     manifest = write_hsg(storage / "phantoms" / "hsg")
-    return replace(recipe, {"data.manifest": str(manifest), "data.positive": recipe.data.positive or "occluded", "data.deidentified": True})
+    positive = recipe.data.positive or "occluded"
+    changes = {"data.manifest": str(manifest), "data.positive": positive, "data.deidentified": True}
+    return replace(recipe, changes)
 
 
 @contextmanager
@@ -223,7 +225,8 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
     telemetry_off()
     try:
         default = recipe()
-        config = tyro.cli(type(default), default=default, description=sys.modules["__main__"].__doc__)
+        about = sys.modules["__main__"].__doc__
+        config = tyro.cli(type(default), default=default, description=about, config=(tyro.conf.AvoidSubcommands,))
         print(f"summary: {work(config)}", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,8 +1,9 @@
 """Units of a job to where they run: this process, Ray Train workers, or side by side as Ray tasks."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
-from raymed.config import UserError
+from raymed.config import UserError, replace
 from raymed.train.cluster import connected, require
 from raymed.train.job import Job, show_progress
 from raymed.train.unit import Unit, train_unit
@@ -26,6 +27,7 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     """
     import ray
 
+    check_single_worker([unit for wave in waves for unit in wave], job.kind)
     for wave in waves:
         todo = [unit for unit in wave if unit.result() is None]
         if not todo:
@@ -34,12 +36,13 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
         require(cpus, gpus, advice="lower --compute.cpus-per-worker, or use --compute.device cpu")
         train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train)
         running = {train.remote(unit): unit for unit in todo}
+        began = time.monotonic()
         while running:
             done, _ = ray.wait(list(running), timeout=1.0)
             if job.interrupted():
                 raise KeyboardInterrupt
             for reference in done:
-                _announce(running.pop(reference), ray.get(reference), len(running))
+                _announce(running.pop(reference), ray.get(reference), len(todo) - len(running), len(todo), began)
 
 
 def _share(units: Sequence[Unit]) -> int:
@@ -51,12 +54,35 @@ def _share(units: Sequence[Unit]) -> int:
 
 
 def _train(unit: Unit) -> dict:
-    return train_unit(unit, report=show_progress(unit.name))
+    """An encoder, which everything waits for, says how far it is; of the others their end is news enough."""
+    return train_unit(unit, report=show_progress(unit.name) if unit.part == "encoder" else lambda evaluation: None)
 
 
-def _announce(unit: Unit, result: dict, left: int) -> None:
+def _announce(unit: Unit, result: dict, done: int, total: int, began: float) -> None:
     shown = "".join(f"  val {name} {result['val'][name]:.4f}" for name in ("auroc", "auprc")) if "val" in result else ""
-    print(f"{unit.name} done{shown}  ({left} to go)", flush=True)
+    left = round((time.monotonic() - began) / done * (total - done))
+    print(f"{unit.name} done{shown}  ({done} of {total}, about {left // 60}:{left % 60:02d} left)", flush=True)
+
+
+def encoder_units(job: Job, seeds: Sequence[int]) -> list[Unit]:
+    """The SupCon encoders of a job, one a seed, for its heads to share."""
+    return [job.unit(f"encoder/seed-{seed}", seed, job.recipe, part="encoder") for seed in seeds]
+
+
+def head_unit(job: Job, method: str, encoder: Unit) -> Unit:
+    """A two-stage method on a shared encoder."""
+    changes = {"method": method, "supcon.encoder_from": str(encoder.folder / "checkpoints" / "supcon")}
+    return job.unit(f"{method}/seed-{encoder.seed}", encoder.seed, replace(job.recipe, changes))
+
+
+def single_unit(job: Job, method: str, seed: int) -> Unit:
+    """A method with one phase."""
+    return job.unit(f"{method}/seed-{seed}", seed, replace(job.recipe, {"method": method}))
+
+
+def flat(methods: Mapping[str, Sequence[Unit]]) -> list[Unit]:
+    """The units of all methods."""
+    return [unit for units in methods.values() for unit in units]
 
 
 def check_single_worker(units: Sequence[Unit], what: str) -> None:

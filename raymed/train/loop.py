@@ -18,7 +18,6 @@ from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.sampling import BalancedSampler, RandomSampler
 from raymed.distributed import rank, world_size
-from raymed.metrics.meters import Meter
 from raymed.random import derive
 from raymed.tasks.task import Phase, Step
 from raymed.tracking.outbox import Outbox
@@ -91,11 +90,6 @@ class Fit:
             feed.keep_frozen(phase, networks)
         return networks, feed
 
-    def score(self, splits: Sequence[str]) -> dict[str, dict[str, Meter]]:
-        """Split -> meters of the last phase at its best checkpoint. Collective."""
-        networks, feed = self.best()
-        return {split: evaluate(self.phases[-1], networks, feed, split) for split in splits}
-
 
 class _PhaseRun:
     """One phase on its way."""
@@ -133,12 +127,13 @@ class _PhaseRun:
         while not self.progress.finished:
             curve.add(self._train_step(self.progress.step))
             self.progress.step += 1
+            stop = self.fit.interrupted()
             if self.phase.evaluates_after(self.progress.step - 1):
                 yield self._evaluate(curve)
-            elif self.fit.interrupted():
+            elif stop:
                 curve.flush()
                 self.checkpoints.save(self.networks, self.progress, best=False)
-            if self.fit.interrupted():
+            if stop:
                 raise Interrupted
 
     def _begin(self) -> Progress:
@@ -154,7 +149,7 @@ class _PhaseRun:
             if found is None:
                 raise UserError(f"{self.phase.name} starts from {origin}, but that phase has no checkpoint")
             return found
-        return Path(origin)
+        return Checkpoints(Path(origin)).find("best") or Path(origin)
 
     def _train_step(self, number: int) -> dict[str, Tensor]:
         rows = shard(self.sampler.indices(number), self.phase.accumulate)
@@ -180,10 +175,10 @@ class _PhaseRun:
         progress.stale = 0 if better else progress.stale + 1
         worn_out = phase.patience is not None and progress.stale >= phase.patience
         progress.finished = progress.step == phase.steps or worn_out
-        self.checkpoints.save(self.networks, progress, better)
-        if self.fit.outbox and rank() == 0:
+        if self.fit.outbox and rank() == 0:  # first, since what is saved is not evaluated again
             named = {f"val/{name}": value for name, value in metrics.items()}
             self.fit.outbox.metrics(named, self.first_step + progress.step)
+        self.checkpoints.save(self.networks, progress, better)
         curve.restart_clock()
         left = (phase.steps - progress.step) * phase.batch_size / speed
         step, number = progress.step, progress.evaluation
@@ -229,7 +224,9 @@ class _Curve:
         """Write what is pending; a loss that is not finite ends the run. Returns steps a second. Collective."""
         if self.pending:
             names = list(self.pending[0])
-            table = torch.stack([torch.stack([v[name].float() for name in names]) for v in self.pending]).cpu()
+            device = self.pending[0][names[0]].device
+            rows = [torch.stack([v[name].to(device, torch.float32) for name in names]) for v in self.pending]
+            table = torch.stack(rows)
             if world_size() > 1:
                 torch.distributed.all_reduce(table)
                 table /= world_size()

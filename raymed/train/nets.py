@@ -17,7 +17,7 @@ from raymed.train.engines import Engine, build_engine
 
 
 class Networks:
-    """The networks of one phase: built alike on every worker, moved by engines, seen by the task as `raymed.tasks.Nets`.
+    """The networks of one phase: built alike on every worker, moved by engines, seen by the task as `Nets`.
 
     At rest every network is in eval mode. Only the one in training goes through its engine; the others are called raw
     and frozen, since a loss that reaches two engines, or an engine's parameters past its forward pass, is wrong or an
@@ -39,7 +39,7 @@ class Networks:
     def build_engines(self, steps: int) -> None:
         """After the weights are where they start: an engine, and an average where asked, for each trained network."""
         trained = {name: network for name, network in self.networks.items() if network.optim is not None}
-        self.compute.warn_where_useless([network.module for network in trained.values()])
+        self.compute.warn_where_useless([network.module for network in self.networks.values()])
         for name, network in trained.items():
             if network.ema is not None:
                 self.averages[name] = Average(network.module, network.ema)

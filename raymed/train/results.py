@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 
 from raymed.bundle import Bundle
-from raymed.data.dataset import DataSet
 from raymed.explain.gradcam import grad_cam, laterality_hit_rate
 from raymed.metrics.bootstrap import summarise_difference, summarise_seeds
 from raymed.report import figures as draw
@@ -15,7 +14,7 @@ from raymed.report.tables import comparison_csv, comparison_markdown, comparison
 from raymed.storage import write_atomic
 from raymed.tasks.classifier import load_classifier
 from raymed.train.job import Job
-from raymed.train.unit import SPLITS, Unit, load_once, predictions
+from raymed.train.unit import SPLITS, Unit, load_data, predictions
 
 PANEL = 8  # images
 METRICS = ("auroc", "auprc", "accuracy", "accuracy_at_0.5", "precision", "recall", "f1", "ece")
@@ -36,7 +35,7 @@ def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any
 
 def _prediction(unit: Unit, split: str):
     arrays = predictions(unit, split)
-    patients = arrays["patients"] if load_once(unit).has_patients else None
+    patients = arrays["patients"] if load_data(unit.recipe.data, unit.cache).has_patients else None
     threshold = (unit.result() or {})[split]["threshold"]
     return arrays["scores"], arrays["targets"], patients, threshold
 
@@ -79,7 +78,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
     """
     import torch
 
-    data: DataSet = load_once(unit)
+    data = load_data(unit.recipe.data, unit.cache)
     classifier, preprocess = load_classifier(Bundle.load(unit.folder / "bundle"))
     arrays = predictions(unit, "test")
     rows = arrays["where"][arrays["targets"] == 1]
@@ -106,7 +105,11 @@ def _side_of(cam: np.ndarray) -> str:
 
 
 def report(
-    job: Job, methods: Mapping[str, Sequence[Unit]], baseline: str | None = None, artifacts: Sequence[Path] = (), **extra: Any
+    job: Job,
+    methods: Mapping[str, Sequence[Unit]],
+    baseline: str | None = None,
+    artifacts: Sequence[Path] = (),
+    **extra: Any,
 ) -> Path:
     """End a job: print and write the table, draw the figures, log them, write the summary. Returns its path.
 
@@ -141,6 +144,6 @@ def report(
 
 
 def _title(job: Job, units: Sequence[Unit]) -> str:
-    data = load_once(units[0])
+    data = load_data(units[0].recipe.data, units[0].cache)
     unit = "patients" if data.has_patients else "images (no patient column)"
     return f"test split, positive = {data.positive}, {len(units)} seeds, 95 % intervals over {unit}"

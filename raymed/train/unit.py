@@ -3,9 +3,10 @@
 A unit that has finished has `result.json` in its folder and is not trained again; one that was interrupted continues.
 """
 
+import functools
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +14,14 @@ import numpy as np
 
 from raymed.config import to_dict
 from raymed.data.dataset import DataSet, load
+from raymed.data.manifest import DataConfig
 from raymed.distributed import rank
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.storage import lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
+from raymed.train.evaluate import evaluate
 from raymed.train.loop import Evaluation, Fit
 
 SPLITS = ("val", "test")
@@ -65,7 +68,7 @@ class UnitRun:
 
     def __init__(self, unit: Unit, interrupted: Callable[[], bool] = lambda: False):
         self.unit = unit
-        self.data: DataSet = load_once(unit)
+        self.data = load_data(unit.recipe.data, unit.cache)
         phases = unit.recipe.phases(self.data)
         if unit.part == "encoder":
             phases = (unit.recipe.encoder_phase(self.data),)
@@ -94,7 +97,9 @@ class UnitRun:
 
     def _scores(self) -> dict[str, Any]:
         recipe, folder = self.unit.recipe, self.unit.folder
-        meters = {split: meters["binary"] for split, meters in self.fit.score(SPLITS).items()}
+        phase = self.fit.phases[-1]
+        networks, feed = self.fit.best()
+        meters = {split: evaluate(phase, networks, feed, split)["binary"] for split in SPLITS}
         threshold = tune_threshold(meters["val"].scores, meters["val"].targets, recipe.threshold)
         figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in SPLITS}
         if rank() > 0:
@@ -106,8 +111,7 @@ class UnitRun:
             values |= {"rows": meter.index, "patients": self.data.patients[where]}
             arrays |= {f"{split}_{name}": value for name, value in values.items()}
         np.savez(folder / "predictions.npz", **arrays)
-        networks, _ = self.fit.best()
-        bundle = self.fit.phases[-1].task.bundle(networks)
+        bundle = phase.task.bundle(networks)
         bundle.operating_point = {"threshold": threshold, "criterion": recipe.threshold, "chosen_on": "val"}
         bundle.metrics = figures
         bundle.provenance = {"run_key": self.unit.key, "seed": self.unit.seed, "data": self.data.fingerprint}
@@ -138,13 +142,7 @@ def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:
         return {name.removeprefix(f"{split}_"): arrays[name] for name in arrays if name.startswith(f"{split}_")}
 
 
-_LOADED: dict[str, DataSet] = {}
-
-
-def load_once(unit: Unit) -> DataSet:
-    """The unit's data; a process that trains several units on the same data reads it once."""
-    key = json.dumps([asdict(unit.recipe.data), str(unit.cache)])
-    if key not in _LOADED:
-        _LOADED.clear()
-        _LOADED[key] = load(unit.recipe.data, unit.cache)
-    return _LOADED[key]
+@functools.lru_cache(maxsize=1)
+def load_data(config: DataConfig, cache: Path) -> DataSet:
+    """A data set; a process that trains several units on it reads it once."""
+    return load(config, cache)

@@ -16,6 +16,10 @@ class Recorder(Callback):
     def __init__(self, job: Job, journal: Journal, trials: Trials):
         self.job, self.journal, self.trials = job, journal, trials
 
+    def __getstate__(self) -> dict:
+        """Nothing: Tune pickles its callbacks for a restore of its own, and ours is the journal."""
+        return {}
+
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """The tracker follows the trial and its seeds."""
         number, params = trial.config["number"], trial.config["params"]
@@ -69,6 +73,9 @@ class WhenInterrupted(Stopper):
 
     def __init__(self, job: Job):
         self.job = job
+
+    def __getstate__(self) -> dict:
+        return {}
 
     def __call__(self, trial_id: str, result: dict) -> bool:
         return False

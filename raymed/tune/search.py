@@ -7,7 +7,7 @@ the trials that have ended; ASHA's rungs are filled again from the recorded ones
 from types import SimpleNamespace
 from typing import Any
 
-from ray.tune.schedulers import AsyncHyperBandScheduler
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
 from raymed.random import derive
@@ -79,7 +79,9 @@ class JournalAsha(AsyncHyperBandScheduler):
         super().on_trial_add(tune_controller, _numbered(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        return super().on_trial_result(tune_controller, _numbered(trial), result)
+        """Trial 0, what all others are compared with, goes to its end."""
+        decision = super().on_trial_result(tune_controller, _numbered(trial), result)
+        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
         super().on_trial_complete(tune_controller, _numbered(trial), result)

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raymed.config import UserError, check_range, flatten, replace
+from raymed.report.figures import sweep_figure
 from raymed.space import Space, parse
 from raymed.storage import local_folder
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.cluster import require
 from raymed.train.job import Job
+from raymed.train.launch import encoder_units, run_side_by_side
+from raymed.train.results import report
 from raymed.train.unit import Unit, UnitRun
 from raymed.tune.journal import Journal, TrialRecord
 
@@ -71,7 +74,8 @@ def _field(recipe: Any, name: str) -> Any:
         import difflib
 
         near = difflib.get_close_matches(name, fields, n=1)
-        raise UserError(f"sweep.space: the recipe has no field {name!r}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise UserError(f"sweep.space: the recipe has no field {name!r}{hint}")
     return fields[name]
 
 
@@ -83,7 +87,7 @@ class Trials:
     """A unit of the recipe as it stands, in the run's folder."""
     seeds: tuple[int, ...]
     encoders: dict[int, str]
-    """Seed -> checkpoint of the encoder that all trials share; empty for single-stage methods."""
+    """Seed -> folder of the encoder that all trials share; empty for single-stage methods."""
     metric: str
 
     def outbox(self, number: int) -> Outbox:
@@ -134,29 +138,53 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
     tune.report({"evaluation": last + 1, trials.metric: mean, "finished": True})
 
 
-def run_sweep(job: Job, sweep: SweepConfig, seeds: Sequence[int], encoders: dict[int, str]) -> tuple[Journal, Trials]:
-    """Run, or go on with, the sweep of a job's recipe. Needs a connected Ray.
+def run_sweep(job: Job, sweep: SweepConfig, seeds: Sequence[int]) -> Path:
+    """Run, or go on with, the sweep of a job's recipe, and report its best trial. Needs a connected Ray.
 
     Raises UserError where the cluster has no room for a single trial, and when every trial failed.
     """
     compute = job.config.compute
-    gpus = float(compute.device == "cuda")
     room = require(
         compute.cpus_per_worker,
-        gpus,
+        float(compute.device == "cuda"),
         at_once=sweep.at_once or sweep.num_trials,
         advice="lower --compute.cpus-per-worker, or use --compute.device cpu",
     )
+    encoders = encoder_units(job, seeds) if job.recipe.two_stage else []
+    run_side_by_side(job, [encoders])
+    folders = {unit.seed: str(unit.folder / "checkpoints" / "supcon") for unit in encoders}
     cache = local_folder(job.storage, "cache")
     template = Unit(job.recipe, seeds[0], job.folder, job.key, job.name, None, cache, compute)
-    trials = Trials(template, tuple(seeds), encoders, sweep.metric)
+    trials = Trials(template, tuple(seeds), folders, sweep.metric)
     journal = Journal(job.folder / "sweep.jsonl")
     left = sweep.num_trials - sum(t.status != "running" for t in journal.trials.values())
     if left > 0:
         _tune(job, sweep, journal, trials, room, left)
-    if journal.best(sweep.mode) is None:
+    return _report(job, sweep, journal, trials)
+
+
+def _report(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials) -> Path:
+    best = journal.best(sweep.mode)
+    if best is None:
         raise UserError(f"no trial finished: see the errors above and {journal.path}")
-    return journal, trials
+    picture = job.folder / "figures" / "sweep.png"
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    sweep_figure(picture, _table(journal), f"validation {sweep.metric}", sweep.mode == "max")
+    units = {f"trial {best.number}": trials.units(best.number, best.params)}
+    if best.number and journal.trials[0].status == "finished":
+        units = {"default": trials.units(0, journal.trials[0].params)} | units
+    sweep_record = {"num_trials": len(journal.trials), "best_trial": best.number, "best_params": best.params}
+    return report(job, units, next(iter(units)), [picture], sweep=sweep_record)
+
+
+def _table(journal: Journal) -> list[dict[str, Any]]:
+    """Trials for the sweep's figure."""
+
+    def row(trial: TrialRecord) -> dict[str, Any]:
+        params = {name.rsplit(".", 1)[-1]: value for name, value in trial.params.items()}
+        return {"params": params, "value": trial.value, "stopped": trial.status == "stopped"}
+
+    return [row(trial) for trial in journal.ended()]
 
 
 def _tune(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials, room: int, left: int) -> None:
@@ -192,18 +220,3 @@ def _tune(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials, room: 
         ).fit()
     if job.interrupted():
         raise KeyboardInterrupt
-
-
-def trial_table(journal: Journal, metric: str) -> list[dict[str, Any]]:
-    """Trials for the sweep's figure."""
-
-    def row(trial: TrialRecord) -> dict[str, Any]:
-        params = {name.rsplit(".", 1)[-1]: value for name, value in trial.params.items()}
-        return {"params": params, "value": trial.value, "stopped": trial.status == "stopped"}
-
-    return [row(trial) for trial in journal.ended()]
-
-
-def folder_of(trials: Trials, number: int) -> Path:
-    """Where a trial is kept."""
-    return trials.template.folder / f"trial-{number:04d}"

@@ -1,0 +1,56 @@
+"""Compare six ways to train on an imbalanced set: three losses, each alone and after a contrastive phase.
+
+    python jobs/compare_losses.py                                        # digital HSG phantoms
+    python jobs/compare_losses.py --data.manifest pneumoniamnist.npz --data.positive normal
+
+The table of the HSG tubal-patency work: every method over the same seeds; the heads of a seed share its SupCon encoder.
+The best method is named on the validation split, and every figure is of the test split.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from raymed.losses import LOSSES
+from raymed.tasks.classifier import SUPCON, ClassifierRecipe
+from raymed.train.cluster import connected
+from raymed.train.compute import Compute
+from raymed.train.job import RunConfig, main, open_job
+from raymed.train.launch import encoder_units, flat, head_unit, run_side_by_side, single_unit
+from raymed.train.results import report
+
+
+@dataclass(frozen=True)
+class CompareLosses:
+    """Methods x seeds."""
+
+    recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")] = ClassifierRecipe()
+    compared: tuple[str, ...] = tuple(dict.fromkeys(["ce", "focal", "asl", *LOSSES]))
+    """Losses, each alone and after SupCon; the first alone is what all others are compared with."""
+    seeds: tuple[int, ...] = (2023, 2024, 2025)
+    """Trainings of each method that differ in their randomness only."""
+    compute: Compute = Compute()
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
+
+
+def recipe() -> CompareLosses:
+    """The paper's six methods and three seeds."""
+    return CompareLosses()
+
+
+def compare(config: CompareLosses) -> Path:
+    """Train all methods side by side and report."""
+    with open_job("compare_losses", config) as job, connected():
+        encoders = encoder_units(job, config.seeds)
+        single = {loss: [single_unit(job, loss, seed) for seed in config.seeds] for loss in config.compared}
+        heads = {
+            SUPCON + loss: [head_unit(job, SUPCON + loss, encoder) for encoder in encoders] for loss in config.compared
+        }
+        run_side_by_side(job, [[*encoders, *flat(single)], flat(heads)])
+        return report(job, single | heads, baseline=config.compared[0])
+
+
+if __name__ == "__main__":
+    main(recipe, compare)
