@@ -102,6 +102,8 @@ def replace(config: T, changes: dict[str, Any]) -> T:
 
 
 def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
+    if not dataclasses.is_dataclass(config):
+        raise UserError(f"{name}: {config!r} has no fields")
     check_choice(f"{name}: field of {type(config).__name__}", path[0], [f.name for f in dataclasses.fields(config)])
     inner = value if len(path) == 1 else _replace_one(getattr(config, path[0]), name, path[1:], value)
     return dataclasses.replace(config, **{path[0]: inner})

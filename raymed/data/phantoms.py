@@ -1,8 +1,8 @@
 """Digital phantoms: drawn X-rays with a known truth, so that every job runs with no download.
 
 `write_hsg` draws hysterosalpingograms (HSG). Contrast medium fills the uterine cavity through a balloon catheter and
-runs into both tubes. It spills from the far (fimbrial) end of a patent tube; an occluded tube ends early or in a dilated
-sac (hydrosalpinx), and nothing spills. What attenuates is bright, as on a radiograph: bone, contrast medium.
+runs into both tubes. It spills from the far (fimbrial) end of a patent tube; an occluded tube ends early or in a
+dilated sac (hydrosalpinx), and nothing spills. What attenuates is bright, as on a radiograph: bone, contrast medium.
 
     anatomy (patient) -> attenuation -> photons -> blur, noise, window -> uint8
 
@@ -309,8 +309,8 @@ def _plume(spill: np.ndarray, body: np.ndarray, cloud: np.ndarray, streaks: np.n
     """Free contrast medium between the bowel loops: streaky, with a ragged edge."""
     squared = _squared_distance(body, spill[:, :2]) / np.float32(2 * (spread * spill[:, 2]) ** 2)
     field = np.exp(-squared).sum(1)
-    ragged = _soft((field * (1 + 0.45 * cloud) - 0.55) * 1.6) * np.minimum(field / 0.3, 1)
-    return ragged * (0.65 + 0.5 * np.tanh(streaks))
+    ragged = _soft((field * (1 + 0.45 * np.maximum(cloud, -1)) - 0.55) * 1.6) * np.minimum(field / 0.3, 1)
+    return ragged * (0.7 + 0.4 * np.tanh(streaks))
 
 
 def _squared_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -54,7 +54,9 @@ class Encoder(nn.Module):
         num_features: D, the width of a feature vector.
     """
 
-    def __init__(self, net: nn.Module):
+    net: Any
+
+    def __init__(self, net: Any):
         super().__init__()
         self.net = net
         self.num_features: int = net.head_hidden_size

@@ -57,12 +57,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
     @torch.no_grad()
     def _track(self, mean: Tensor, unbiased_var: Tensor) -> None:
-        if not self.track_running_stats:
+        running_mean, running_var, seen = self.running_mean, self.running_var, self.num_batches_tracked
+        if running_mean is None or running_var is None or seen is None:  # track_running_stats=False
             return
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), momentum)
+        seen.add_(1)
+        momentum = 1 / seen.item() if self.momentum is None else self.momentum
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased_var.to(running_var.dtype), momentum)
 
 
 def _global_moments(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

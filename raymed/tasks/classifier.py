@@ -13,7 +13,7 @@ is a method, and with "supcon_" before it another. Sources: Khosla et al. 2020 (
 import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from raymed.data.preprocess import Preprocess
 from raymed.losses import LOSSES, SupConLoss
 from raymed.metrics.embedding import EmbeddingMeter
 from raymed.metrics.meters import BinaryMeter, Meter
-from raymed.models.encoder import EncoderConfig, build_encoder
+from raymed.models.encoder import Encoder, EncoderConfig, build_encoder
 from raymed.models.head import LinearHead, ProjectionHead
 from raymed.tasks.task import Ema, Loss, Nets, Network, Optim, Phase, Step, Task
 
@@ -69,6 +69,8 @@ class Stage:
         check_range("batch_size", self.batch_size, 2)
         check_range("accumulate", self.accumulate, 1)
         check_range("evaluations", self.evaluations, 1, self.steps)
+        if self.ema_decay is not None:
+            check_range("ema_decay", self.ema_decay, 0, 1, high_open=True)
 
     @property
     def ema(self) -> Ema | None:
@@ -264,11 +266,12 @@ class ClassifierTask(Task):
         """AUROC, AUPRC and calibration of the positive class."""
         return {"binary": BinaryMeter()}
 
-    def parts(self, nets: Nets) -> tuple[nn.Module, nn.Module]:
+    def parts(self, nets: Nets) -> tuple[Encoder, LinearHead]:
         """(encoder, head), raw."""
         if self.joint:
-            return nets.module("classifier").encoder, nets.module("classifier").head  # type: ignore[return-value]
-        return nets.module("encoder"), nets.module("head")
+            classifier = cast(Classifier, nets.module("classifier"))
+            return classifier.encoder, classifier.head
+        return cast(Encoder, nets.module("encoder")), cast(LinearHead, nets.module("head"))
 
     def bundle(self, nets: Nets) -> Bundle:
         """Kind "classifier": the weights of a `Classifier` with what rebuilds it."""
@@ -298,7 +301,7 @@ class Contrastive(nn.Module):
 class Classifier(nn.Module):
     """Encoder and head: (B, C, H, W) normalised -> (B,) logits."""
 
-    def __init__(self, encoder: nn.Module, head: nn.Module):
+    def __init__(self, encoder: Encoder, head: LinearHead):
         super().__init__()
         self.encoder = encoder
         self.head = head

@@ -103,12 +103,15 @@ class Nets(Protocol):
 
     def __getitem__(self, name: str) -> Any:
         """The network as a function: through its engine while it trains, otherwise raw, frozen and in eval mode."""
+        ...
 
     def training(self, name: str) -> AbstractContextManager[None]:
         """Within: this one network is in training mode. The flags before are restored on leaving."""
+        ...
 
     def module(self, name: str) -> nn.Module:
         """The raw module, e.g. for Grad-CAM or for export."""
+        ...
 
 
 class Task:

@@ -36,13 +36,13 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level="warning")
+        ray.init(log_to_driver=True, logging_level=logging.WARNING)
     else:
         ray.init(
             address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
-            logging_level="warning",
+            logging_level=logging.WARNING,
             _temp_dir=tempfile.mkdtemp(prefix="ray-"),
             object_store_memory=200 * 2**20,
         )

@@ -28,7 +28,8 @@ class Compute:
     compile: bool = False
     """torch.compile the networks in training (torch engine)."""
     channels_last: bool = True
-    """Convolutions in NHWC memory order: a quarter faster or more on CPUs, and on GPUs with bf16."""
+    """Convolutions in NHWC memory order: a quarter faster or more on CPUs, and on GPUs with bf16. Not under ZeRO
+    stages 1 and 2, which keep the weights flat."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads a worker; None: torch's own choice alone, the CPUs that Ray gives elsewhere."""

@@ -6,6 +6,8 @@ the first step, so it cannot be restored without one.
 """
 
 import logging
+import os
+import warnings
 from typing import Any
 
 import torch
@@ -29,7 +31,10 @@ class DeepSpeedEngine:
         self.optim: Optim = network.optim
         self.steps = steps
         self.stage = compute.zero_stage
+        self.module.to(memory_format=torch.contiguous_format)  # DeepSpeed reads the weights as flat bytes
         self.engine = _initialize(network, build_optimizer(network.module, network.optim), compute)
+        if self.stage == 0:  # above, the weights are views of flat buffers and must stay so
+            compute.prepare(self.module)
         self.base_optimizer = self.engine.optimizer.optimizer if self.stage else self.engine.optimizer
 
     def __call__(self, *inputs: Tensor) -> Any:
@@ -59,7 +64,8 @@ class DeepSpeedEngine:
 
         keys, counters = self._shard_keys()
         return {
-            name: {key: safe_get_full_optimizer_state(p, key).detach().cpu().clone() for key in keys} | counters
+            name: {key: safe_get_full_optimizer_state(p, key).detach().cpu().clone() for key in keys}
+            | {key: value.cpu().clone() for key, value in counters.items()}
             for name, p in self._trained()
         }
 
@@ -92,10 +98,15 @@ class DeepSpeedEngine:
         return [(name, p) for name, p in self.module.named_parameters() if p.requires_grad]
 
     def _shard_keys(self) -> tuple[list[str], dict[str, Tensor]]:
-        """Names of the per-element state, and the scalar state (Adam's step), of this optimiser."""
+        """Names of the per-element state, and the scalar state (Adam's step), of this optimiser.
+
+        Links the state to its parameters: DeepSpeed does so once, when only the first group has stepped.
+        """
+        self.engine.optimizer._hp_optimizer_states_linked = False
+        self.engine.optimizer._lazy_init_hp_params_optimizer_state()
         shard = next(iter(self.base_optimizer.state.values()), {})
         sharded = [key for key, value in shard.items() if torch.is_tensor(value) and value.ndim > 0]
-        return sharded, {key: torch.as_tensor(value).cpu().clone() for key, value in shard.items() if key not in sharded}
+        return sharded, {key: torch.as_tensor(value) for key, value in shard.items() if key not in sharded}
 
 
 def _initialize(network: Network, optimizer: torch.optim.Optimizer, compute: Compute):
@@ -103,6 +114,8 @@ def _initialize(network: Network, optimizer: torch.optim.Optimizer, compute: Com
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message=".*all_gather_into_tensor", category=FutureWarning)  # its call of torch
+    os.environ.setdefault("LOCAL_RANK", "0")  # launchers set it; DeepSpeed refuses to start without
     if compute.resolved_device().type == "cpu":  # the shared-memory all-reduce would be compiled with g++ for a minute
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():

@@ -33,9 +33,11 @@ class Engine(Protocol):
 
     def step(self, number: int) -> Tensor:
         """Clip, move the weights, clear the gradient. Returns the gradient's norm before clipping."""
+        ...
 
     def optimizer_state(self) -> OptimizerState:
         """Whole (unsharded) state by parameter name, on the CPU. Collective."""
+        ...
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """Continue from such a state, whichever engine, stage or number of workers it came from. Collective; the

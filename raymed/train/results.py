@@ -86,7 +86,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
     image = data.batch(rows).unit_image()
     cams = torch.cat([grad_cam(classifier.encoder, classifier.head, preprocess.normalise(x)) for x in image.split(64)])
     sides = None if data.sides is None else data.sides[rows]
-    known = [] if sides is None else [i for i, side in enumerate(sides) if side in ("left", "right")]
+    known: list[int] = [] if sides is None else [i for i, side in enumerate(sides) if side in ("left", "right")]
     shown = np.argsort(-scores, kind="stable")[:PANEL]
     draw.cam_panel(
         folder / "grad_cam.png",

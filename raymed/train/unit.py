@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank
 from raymed.metrics.classification import binary_metrics, tune_threshold
+from raymed.metrics.meters import BinaryMeter
 from raymed.storage import lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox

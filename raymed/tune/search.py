@@ -46,7 +46,7 @@ class JournalSearcher(Searcher):
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        distributions = {name: dimension.distribution() for name, dimension in self.space.items()}
+        distributions: dict[str, Any] = {name: dimension.distribution() for name, dimension in self.space.items()}
         sampler = optuna.samplers.TPESampler(
             seed=derive(self.seed, "suggestion", number) % 2**32, multivariate=True, n_startup_trials=8
         )

@@ -10,7 +10,7 @@ from raymed.config import replace
 from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.tasks.classifier import ClassifierRecipe, ContrastiveStage, Stage
-from raymed.tasks.task import Ema, Optim
+from raymed.tasks.task import Optim
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
@@ -18,14 +18,14 @@ from raymed.train.loop import Fit
 OPTIM = Optim(lr=2e-3, weight_decay=0.05, schedule="one_cycle", clip=0.5)
 RECIPE = ClassifierRecipe(
     method="supcon_asl",
-    supcon=ContrastiveStage(steps=12, batch_size=12, accumulate=2, evaluations=3, optim=OPTIM, ema=Ema(0.9)),
-    single=Stage(steps=12, batch_size=12, accumulate=2, evaluations=3, optim=OPTIM, ema=Ema(0.9)),
-    head=Stage(steps=12, batch_size=12, accumulate=2, evaluations=4, optim=Optim(lr=1e-2, clip=0.05), ema=Ema(0.9)),
+    supcon=ContrastiveStage(steps=12, batch_size=12, accumulate=2, evaluations=3, optim=OPTIM, ema_decay=0.9),
+    single=Stage(steps=12, batch_size=12, accumulate=2, evaluations=3, optim=OPTIM, ema_decay=0.9),
+    head=Stage(steps=12, batch_size=12, accumulate=2, evaluations=4, optim=Optim(lr=1e-2, clip=0.05), ema_decay=0.9),
 )
 """Two phases with everything switched on: averages, accumulation, one-cycle schedule, clipping."""
 
 
-def write_images(folder: Path, patients: int = 40) -> Path:
+def write_images(folder: Path, patients: int = 48) -> Path:
     """Two 16 x 16 images a patient; those of every fourth have a bright patch. Returns the manifest's path."""
     rng = np.random.default_rng(7)
     rows = []

@@ -1,0 +1,122 @@
+"""Two Ray Train workers under DeepSpeed against one plain process: the same curve, the same weights."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from raymed.config import replace
+from raymed.data.manifest import DataConfig
+from raymed.data.phantoms import write_hsg
+from raymed.data.preprocess import Preprocess
+from raymed.tasks.classifier import ClassifierRecipe, ContrastiveStage, Stage
+from raymed.tasks.task import Optim
+from raymed.models.encoder import EncoderConfig
+from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.compute import Compute
+from raymed.train.unit import Unit, UnitRun, predictions, train_unit
+
+pytestmark = pytest.mark.ray
+CLIP = 0.02
+OPTIMS = {
+    "asl": Optim("sgd", lr=2e-2, schedule="one_cycle", clip=CLIP),  # a wrong scale of the gradient would show
+    "supcon_asl": Optim("adamw", lr=1e-4, clip=CLIP),
+}
+NORMS = {"asl": "batch", "supcon_asl": "group"}
+PHASES = {"asl": ("single",), "supcon_asl": ("supcon", "head")}
+
+
+def _recipe(manifest: Path, method: str) -> ClassifierRecipe:
+    """50 steps in all, accumulation 2, clipping; augmentation is on by default.
+
+    The learning rates are gentle: with high ones the last bit of a sum, which depends on the shape of the batch, grows
+    a hundredfold in ten steps, in one process too.
+    """
+    stage = Stage(steps=50, batch_size=16, accumulate=2, evaluations=2, optim=OPTIMS[method])
+    preprocess = Preprocess(size=32)
+    return ClassifierRecipe(
+        data=DataConfig(manifest=str(manifest), positive="occluded", deidentified=True, preprocess=preprocess),
+        model=EncoderConfig(norm=NORMS[method]),
+        method=method,
+        supcon=ContrastiveStage(steps=30, batch_size=16, accumulate=2, evaluations=2, optim=OPTIMS[method]),
+        single=stage,
+        head=dataclasses.replace(stage, steps=20),
+    )
+
+
+def _unit(folder: Path, cache: Path, recipe: ClassifierRecipe, compute: Compute) -> Unit:
+    return Unit(recipe, 2023, folder, folder.name, folder.name, None, cache, compute)
+
+
+@pytest.fixture(scope="module")
+def units(ray_cluster, tmp_path_factory):
+    """(method, "plain" | "stage 0" | "stage 2") -> finished unit. All Ray Train ones come from a single `fit`."""
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    root = tmp_path_factory.mktemp("parity")
+    manifest = write_hsg(root / "hsg", num_patients=60, size=48)
+    computes = {"plain": Compute(threads=1)} | {
+        f"stage {stage}": Compute(workers=2, engine="deepspeed", zero_stage=stage, threads=1) for stage in (0, 2)
+    }
+    units = {
+        (method, where): _unit(root / f"{method} {where}", root / "cache", _recipe(manifest, method), compute)
+        for method in ("asl", "supcon_asl")
+        for where, compute in computes.items()
+    }
+    threads = torch.get_num_threads()
+    for (_, where), unit in units.items():
+        if where == "plain":
+            train_unit(unit)
+    torch.set_num_threads(threads)
+
+    def train(config: dict) -> None:
+        for unit in config["units"]:
+            run = UnitRun(unit)
+            list(run.evaluations())
+            run.finish()
+
+    TorchTrainer(
+        train,
+        train_loop_config={"units": [unit for (_, where), unit in units.items() if where != "plain"]},
+        torch_config=TorchConfig(backend="gloo"),
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={"CPU": 1}),
+        run_config=RunConfig(storage_path=str(root / "ray")),
+    ).fit()
+    return units
+
+
+def _curve(unit: Unit, name: str) -> np.ndarray:
+    """Every step's value of "loss" or "grad_norm", over all phases."""
+    records = [r for r in unit.outbox.records() if r["op"] == "metrics"]
+    values = {r["step"]: r["values"][key] for r in records for key in r["values"] if key.endswith(f"/{name}")}
+    return np.array([values[step] for step in sorted(values)])
+
+
+@pytest.mark.parametrize("where", ["stage 0", "stage 2"])
+@pytest.mark.parametrize("method", ["asl", "supcon_asl"])
+def test_two_workers_give_the_curve_and_the_weights_of_one_process(units, method, where):
+    plain, ours = units[method, "plain"], units[method, where]
+
+    loss, expected = _curve(ours, "loss"), _curve(plain, "loss")
+    print(f"\nloss {(np.abs(loss - expected) / np.abs(expected)).max():.1e}", *(f"{p} {_distance(plain, ours, p):.1e}" for p in PHASES[method]), _curve(ours,"grad_norm").min())
+    for split in ("val","test"):
+        x,y=predictions(plain,split),predictions(ours,split)
+        print(split, np.abs(x["scores"]-y["scores"]).max(), {k:(v, ours.result()[split][k]) for k,v in plain.result()[split].items() if v!=ours.result()[split][k]})
+    assert len(expected) == 50
+    assert (_curve(ours, "grad_norm") > CLIP).all(), "clipping was not active"
+    assert (np.abs(loss - expected) / np.abs(expected)).max() < 1e-5
+    for phase in PHASES[method]:
+        assert _distance(plain, ours, phase) < 1e-5
+
+
+def _distance(one: Unit, other: Unit, phase: str) -> float:
+    """Norm of the difference of all weights at the end of a phase, relative to the norm of the weights."""
+    a, b = (load_weights(Checkpoints(u.folder / "checkpoints" / phase).find("last"), averaged=False) for u in (one, other))
+    a, b = (torch.cat([weights[name].double().flatten() for name in sorted(weights)]) for weights in (a, b))
+    return ((a - b).norm() / a.norm()).item()
