@@ -18,7 +18,7 @@ from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.cluster import connected
 from raymed.train.compute import Compute
 from raymed.train.job import RunConfig, main, open_job
-from raymed.tune.sweep import SweepConfig, run_sweep
+from raymed.tune.sweep import SweepConfig, run_sweep, search_space
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,9 @@ class TuneAsl:
     """Every trial is trained with each of them, and scored by the mean."""
     compute: Compute = Compute()
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
+
+    def __post_init__(self) -> None:
+        search_space(self.recipe, self.sweep)  # a range that cannot be is told before anything starts
 
 
 def recipe() -> TuneAsl:

@@ -106,7 +106,7 @@ def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
         raise UserError(f"{name}: {config!r} has no fields")
     check_choice(f"{name}: field of {type(config).__name__}", path[0], [f.name for f in dataclasses.fields(config)])
     inner = value if len(path) == 1 else _replace_one(getattr(config, path[0]), name, path[1:], value)
-    return dataclasses.replace(config, **{path[0]: inner})
+    return dataclasses.replace(config, **{path[0]: inner})  # type: ignore[type-var]
 
 
 def config_hash(config: Any, exclude: Iterable[str] = ()) -> str:

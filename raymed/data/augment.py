@@ -1,8 +1,8 @@
 """Random changes of a batch of images, on the device that trains.
 
 Every draw is a function of (seed, step, sample index, purpose): `raymed.random`. All geometry is one affine map and one
-resampling. The defaults suit radiographs normalised image by image: brightness and contrast then matter only where
-pixels are clipped, so that gamma is the stronger change.
+resampling. The defaults suit radiographs: small rotations and zooms, and strong changes of exposure, sharpness and
+noise, without which a network leans on fine texture that differs from one X-ray machine to the next.
 """
 
 import math
@@ -25,7 +25,7 @@ class Augment:
 
     rotate: float = 15.0
     """Largest rotation in degrees, drawn from [-rotate, rotate]."""
-    scale: float = 0.15
+    scale: float = 0.2
     """Zoom drawn log-uniformly from [1 / (1 + scale), 1 + scale]."""
     aspect: float = 0.0
     """Stretch of width against height, drawn log-uniformly from [1 / (1 + aspect), 1 + aspect]."""
@@ -35,15 +35,15 @@ class Augment:
     """Largest shift in each direction, as a fraction of the image's size."""
     flip: float = 0.5
     """Probability of a left-right mirror image."""
-    brightness: float = 0.1
+    brightness: float = 0.2
     """Largest amount added to all pixels."""
-    contrast: float = 0.2
+    contrast: float = 0.5
     """Factor about the image's mean, drawn log-uniformly from [1 / (1 + contrast), 1 + contrast]."""
-    gamma: float = 0.3
+    gamma: float = 0.7
     """Exponent of the pixel values, drawn log-uniformly from [1 / (1 + gamma), 1 + gamma]."""
-    sharpness: float = 0.0
+    sharpness: float = 0.8
     """Largest weight of (image - blurred image) that is added (sharper) or subtracted (blurred, at 1 fully)."""
-    noise: float = 0.0
+    noise: float = 0.05
     """Largest standard deviation of Gaussian noise; each image draws its own from [0, noise]."""
     erase: float = 0.0
     """Probability of one erased rectangle (Zhong et al., "Random erasing", 2020), filled with the image's mean."""

@@ -204,7 +204,7 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
     path = _draw_path(rng, t, cornu)
     radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
     spill = _draw_spill(rng, path[-1], volume)
-    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.6
+    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.4
     sac, sac_start = rng.uniform(0.065, 0.105), rng.uniform(0.35, 0.6)
     if volume > 0:
         return _Tube(path, radius, spill, path[-1])
@@ -212,7 +212,7 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
         radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
         return _Tube(path, radius, spill[:0], path[-1])
     filled = t <= cut  # blocked on the way, with a blunt tip
-    tip = 0.028 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
+    tip = 0.04 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
     return _Tube(path[filled], radius[filled] + tip, spill[:0], path[-1])
 
 
@@ -268,7 +268,7 @@ def _attenuation(anatomy: _Anatomy, body: np.ndarray, view: str, rng: Generator,
     streaks = map_coordinates(anatomy.texture, at * [[3], [1.5]], order=1, mode="grid-wrap")
     late = view == "late"
     filling = rng.uniform(0.45, 0.9) if late else rng.uniform(0.8, 1.1)
-    spread, density = rng.uniform([1.1, 0.4], [1.35, 0.65]) if late else rng.uniform([0.8, 0.5], [1.0, 0.75])
+    spread, density = rng.uniform([1.1, 0.35], [1.35, 0.5]) if late else rng.uniform([0.8, 0.4], [1.0, 0.6])
     tissue = 1.2 - 0.25 * (x**2 + (0.8 * y) ** 2) + 0.06 * cloud
     contrast = _cavity(anatomy.cavity, x, y, pixel)
     spill = np.zeros_like(x)
@@ -289,19 +289,19 @@ def _cavity(p: dict[str, float], x: np.ndarray, y: np.ndarray, pixel: float) -> 
     distance = np.hypot(x, y - balloon_y)
     balloon = _soft((p["balloon"] - distance) / pixel)
     ring = np.exp(-(((distance - p["balloon"]) / (0.7 * pixel)) ** 2))
-    t = np.linspace(0, 1, 24)
+    t = np.linspace(0, 1, 64)
     line = np.stack([p["catheter_bend"] * t**2, balloon_y + t * 1.2], 1)
-    catheter = _strand(line, np.full(24, 0.014), np.stack([x, y], 1), pixel, gain=28)
+    catheter = _strand(line, np.full(64, 0.014), np.stack([x, y], 1), pixel, gain=28)
     leak = p["leak"] * np.exp(-((x / 0.1) ** 2) - ((y - p["bottom"] - 0.25) / 0.1) ** 2)
     return np.maximum(cavity * (1 - 0.75 * balloon) + 0.2 * ring, catheter) + leak
 
 
 def _strand(path: np.ndarray, radius: np.ndarray, body: np.ndarray, pixel: float, gain: float) -> np.ndarray:
-    """A filled tube: attenuation grows with its thickness, which saturates at 1.1; no thinner than a pixel shows."""
+    """A filled tube: attenuation grows with its thickness, which saturates at 1.4; no thinner than a pixel shows."""
     reach = radius**2 + (0.45 * pixel) ** 2
     squared = _squared_distance(body, path) / np.float32(reach)
     nearest = squared.argmin(1)
-    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.1)
+    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.4)
     return thickness[nearest] * np.exp(-(squared[np.arange(len(body)), nearest] ** 2))
 
 
@@ -352,18 +352,19 @@ def _expose(attenuation: np.ndarray, pixels: np.ndarray, rng: Generator) -> np.n
     """Photons, detector blur, quantum and line noise, window, collimator: (size, size) uint8."""
     from scipy.ndimage import gaussian_filter
 
-    photons = np.exp(rng.uniform(np.log(700), np.log(3000)))
+    photons, scatter = np.exp(rng.uniform(np.log(700), np.log(3000))), rng.uniform(0.1, 0.3)
+    sharpness, drift = rng.uniform(0.4, 0.7), 0.12 * (pixels @ rng.normal(0, 1, 2))
+    center, width, gamma = rng.normal(1.3, 0.12), rng.uniform(1.7, 2.6), rng.uniform(0.8, 1.25)
+    field = _collimator(pixels, rng)
+    # Noise is drawn last: another size is the same picture at another resolution.
     primary = photons * np.exp(-attenuation)
-    scatter = rng.uniform(0.1, 0.3) * gaussian_filter(primary, len(attenuation) / 10)
-    counts = gaussian_filter(primary, rng.uniform(0.4, 0.7)) + scatter
+    counts = gaussian_filter(primary, sharpness) + scatter * gaussian_filter(primary, len(attenuation) / 10)
     # Poisson noise of large counts. Unlike rng.poisson, a last-digit difference between processors stays one.
     counts = np.maximum(counts + np.sqrt(counts) * rng.normal(size=counts.shape), 1)
     signal = -np.log(gaussian_filter(counts, 0.45) / photons)
     lines = rng.normal(0, 0.012, (len(signal), 1)) + rng.normal(0, 0.006, (1, len(signal)))
-    drift = 0.12 * (pixels @ rng.normal(0, 1, 2))
-    center, width = rng.normal(1.3, 0.12), rng.uniform(1.7, 2.6)
-    shown = np.clip((signal + lines + drift - center) / width + 0.5, 0, 1) ** rng.uniform(0.8, 1.25)
-    return np.round(255 * shown * _collimator(pixels, rng)).astype(np.uint8)
+    shown = np.clip((signal + lines + drift - center) / width + 0.5, 0, 1) ** gamma
+    return np.round(255 * shown * field).astype(np.uint8)
 
 
 def _collimator(pixels: np.ndarray, rng: Generator) -> np.ndarray:

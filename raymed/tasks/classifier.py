@@ -11,6 +11,7 @@ is a method, and with "supcon_" before it another. Sources: Khosla et al. 2020 (
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal, cast
@@ -71,6 +72,8 @@ class Stage:
         check_range("evaluations", self.evaluations, 1, self.steps)
         if self.ema_decay is not None:
             check_range("ema_decay", self.ema_decay, 0, 1, high_open=True)
+        if self.patience is not None:
+            check_range("patience", self.patience, 1)
 
     @property
     def ema(self) -> Ema | None:
@@ -88,6 +91,11 @@ class ContrastiveStage(Stage):
     """Width of the projection that SupCon compares; dropped afterwards."""
     encoder_from: str | None = None
     """The folder of a checkpoint, or of a phase's checkpoints: its encoder is taken, and the phase left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.patience is not None:
+            warnings.warn("supcon.patience has no effect: nothing is monitored in that phase", stacklevel=3)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,9 @@
 
 import logging
 import os
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from tempfile import TemporaryDirectory
 
 from raymed.config import UserError
 
@@ -13,6 +13,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop's own checkpoints are what a lost worker costs
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would resolve an environment in every worker
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it saves the state first
@@ -35,38 +36,49 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True, logging_level=logging.WARNING)
-    else:
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            include_dashboard=False,
-            logging_level=logging.WARNING,
-            _temp_dir=tempfile.mkdtemp(prefix="ray-"),
-            object_store_memory=200 * 2**20,
-        )
-    try:
+    with ExitStack() as stack:
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+        else:
+            _start(num_cpus, stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
+        stack.callback(ray.shutdown)
         yield
-    finally:
-        ray.shutdown()
 
 
-def require(cpus: float, gpus: float = 0, *, at_once: int = 1, advice: str) -> int:
-    """How many groups of so many CPUs and GPUs the cluster can run at a time, at most `at_once`.
+def _start(num_cpus: int | None, folder: str) -> None:
+    import ray
 
-    Raises UserError when not even one fits, where Ray would wait without a word.
+    ray.init(
+        address="local",
+        num_cpus=num_cpus,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        runtime_env={"worker_process_setup_hook": _calm_worker},
+        _temp_dir=folder,
+        object_store_memory=200 * 2**20,
+    )
+
+
+def _calm_worker() -> None:
+    """Runs in every worker: Ray Train warns each second that a cluster without a dashboard has no dashboard."""
+    cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(cleaner).setLevel(logging.ERROR)
+
+
+def require(cpus: int, gpus: int = 0, *, at_least: int = 1, at_most: int | None = None, advice: str) -> int:
+    """How many workers of so many CPUs and GPUs, each on one node, the cluster can run at a time; never above `at_most`.
+
+    Raises UserError when that is below `at_least`, where Ray would wait without a word.
     """
     import ray
 
-    have = ray.cluster_resources()
-    fits = min(
-        [at_once]
-        + [int(have.get(kind, 0) // need) for kind, need in (("CPU", cpus), ("GPU", gpus)) if need > 0]
-    )
-    if fits < 1:
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    needs = [(kind, need) for kind, need in (("CPU", cpus), ("GPU", gpus)) if need]
+    fits = sum(min(int(node.get(kind, 0) // need) for kind, need in needs) for node in nodes)
+    if fits < at_least:
+        have = " and ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
         raise UserError(
-            f"this needs {cpus:g} CPUs and {gpus:g} GPUs at a time, and the cluster has {have.get('CPU', 0):g} CPUs "
-            f"and {have.get('GPU', 0):g} GPUs: {advice}"
+            f"this needs {at_least} x {cpus} CPUs, {gpus} GPUs at a time, and the cluster has {have} on "
+            f"{len(nodes)} node(s): {advice}"
         )
-    return fits
+    return fits if at_most is None else min(fits, at_most)

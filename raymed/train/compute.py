@@ -73,7 +73,7 @@ class Compute:
     def prepare(self, module: nn.Module) -> nn.Module:
         """Onto the device, in the memory order asked for."""
         module = module.to(self.resolved_device())
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module
+        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
 
     def warn_where_useless(self, modules: list[nn.Module]) -> None:
         """Warn of options that do nothing for these networks on this machine."""

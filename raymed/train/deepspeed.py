@@ -31,8 +31,8 @@ class DeepSpeedEngine:
         self.optim: Optim = network.optim
         self.steps = steps
         self.stage = compute.zero_stage
-        self.module.to(memory_format=torch.contiguous_format)  # DeepSpeed reads the weights as flat bytes
-        self.engine = _initialize(network, build_optimizer(network.module, network.optim), compute)
+        self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # DeepSpeed reads the weights as flat bytes
+        self.engine: Any = _initialize(network, build_optimizer(network.module, network.optim), compute)
         if self.stage == 0:  # above, the weights are views of flat buffers and must stay so
             compute.prepare(self.module)
         self.base_optimizer = self.engine.optimizer.optimizer if self.stage else self.engine.optimizer
@@ -90,7 +90,7 @@ class DeepSpeedEngine:
 
     def _still_step(self) -> None:
         """Zero gradients at learning rate zero: state appears, weights stay bit for bit."""
-        self.backward(sum((p * 0).sum() for _, p in self._trained()), last=True)
+        self.backward(torch.stack([(p * 0).sum() for _, p in self._trained()]).sum(), last=True)
         set_schedule(self.engine.optimizer, 0.0, self.optim.momentum)
         self.engine.step()
 
@@ -109,7 +109,7 @@ class DeepSpeedEngine:
         return sharded, {key: torch.as_tensor(value) for key, value in shard.items() if key not in sharded}
 
 
-def _initialize(network: Network, optimizer: torch.optim.Optimizer, compute: Compute):
+def _initialize(network: Network, optimizer: torch.optim.Optimizer, compute: Compute) -> Any:
     import deepspeed
     import deepspeed.ops
 

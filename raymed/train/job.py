@@ -160,7 +160,7 @@ def _claim(folder: Path, name: str, kind: str, config: Any) -> None:
         return
     old, new = flatten(theirs["config"]), flatten(mine["config"])
     changed = [f for f in sorted(old | new) if old.get(f) != new.get(f) and f.split(".")[0] not in _NOT_IDENTITY]
-    shown = ", ".join(f"{f} was {old.get(f)!r} and is {new.get(f)!r}" for f in changed[:5])
+    shown = ", ".join(f"{f.removeprefix('recipe.')} was {old.get(f)!r} and is {new.get(f)!r}" for f in changed[:5])
     raise UserError(
         f"run {name!r} exists with another config ({shown or theirs['job']}): choose another --name, or repeat it "
         "with its own config"

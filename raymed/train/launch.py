@@ -8,16 +8,20 @@ from raymed.train.cluster import connected, require
 from raymed.train.job import Job, show_progress
 from raymed.train.unit import Unit, train_unit
 
+ADVICE = "lower --compute.cpus-per-worker, or use --compute.device cpu"
+
 
 def run_one_by_one(job: Job, units: Sequence[Unit]) -> None:
-    """Train units in order: in this process, or each on Ray Train workers where it asks for several."""
-    for unit in units:
-        if unit.compute.workers == 1:
+    """Train units in order: in this process, or each on Ray Train workers where the job asks for several."""
+    if job.config.compute.workers == 1:
+        for unit in units:
             train_unit(unit, job.interrupted, show_progress(unit.name))
-        elif unit.result() is None:
-            from raymed.train.ray_train import train_with_workers
+        return
+    from raymed.train.ray_train import train_with_workers
 
-            with connected():
+    with connected():
+        for unit in units:
+            if unit.result() is None:
                 train_with_workers(unit)
 
 
@@ -27,13 +31,14 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     """
     import ray
 
-    check_single_worker([unit for wave in waves for unit in wave], job.kind)
+    check_single_worker(job)
     for wave in waves:
         todo = [unit for unit in wave if unit.result() is None]
         if not todo:
             continue
-        cpus, gpus = _share(todo), float(todo[0].compute.device == "cuda")
-        require(cpus, gpus, advice="lower --compute.cpus-per-worker, or use --compute.device cpu")
+        gpus = int(job.config.compute.device == "cuda")
+        require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
+        cpus = _share(todo)
         train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train)
         running = {train.remote(unit): unit for unit in todo}
         began = time.monotonic()
@@ -85,7 +90,7 @@ def flat(methods: Mapping[str, Sequence[Unit]]) -> list[Unit]:
     return [unit for units in methods.values() for unit in units]
 
 
-def check_single_worker(units: Sequence[Unit], what: str) -> None:
-    """Raise UserError where several workers are asked for by something whose trainings each run on one."""
-    if any(unit.compute.workers > 1 for unit in units):
-        raise UserError(f"{what} trains many models side by side, each on one worker: leave --compute.workers at 1")
+def check_single_worker(job: Job) -> None:
+    """Raise UserError where several workers are asked of a job whose trainings each run on one."""
+    if job.config.compute.workers > 1:
+        raise UserError(f"{job.kind} trains many models side by side, each on one worker: leave --compute.workers at 1")

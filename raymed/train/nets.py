@@ -93,12 +93,10 @@ class Networks:
             for name, value in weights.items()
             if name.startswith(f"{part}.") or f".{part}." in name
         }
-        missing, unexpected = set(target.state_dict()) - set(found), set(found) - set(target.state_dict())
-        if missing or unexpected:
-            raise UserError(
-                f"{source} does not fit {part}: missing {sorted(missing)[:3]}, unexpected {sorted(unexpected)[:3]}. "
-                "Was it trained with another encoder?"
-            )
+        problems = _misfits(target.state_dict(), found)
+        if problems:
+            shown = "; ".join(problems[:3])
+            raise UserError(f"{source} does not fit {part}: {shown}. Was it trained with another encoder?")
         target.load_state_dict(found)
 
     def _find_part(self, part: str) -> nn.Module:
@@ -126,3 +124,16 @@ class Networks:
             prefix = f"{network}."
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             self.module(network).load_state_dict(own)
+
+
+def _misfits(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
+    """What keeps the found weights from being loaded where the wanted ones are."""
+    return (
+        [f"{name} is missing" for name in sorted(wanted.keys() - found.keys())]
+        + [f"{name} is not expected" for name in sorted(found.keys() - wanted.keys())]
+        + [
+            f"{name} is {tuple(found[name].shape)}, wanted {tuple(wanted[name].shape)}"
+            for name in sorted(wanted.keys() & found.keys())
+            if found[name].shape != wanted[name].shape
+        ]
+    )

@@ -1,7 +1,11 @@
 """A unit on several Ray Train workers. Ray places and restarts them; checkpoints and records are the loop's own."""
 
+import signal
+
 from raymed.config import UserError
+from raymed.distributed import rank
 from raymed.train.cluster import require
+from raymed.train.job import show_progress
 from raymed.train.unit import Unit, UnitRun
 
 
@@ -9,14 +13,14 @@ def train_with_workers(unit: Unit) -> None:
     """Train and finish a unit on `unit.compute.workers` workers, each with its share of every batch.
 
     A lost worker restarts the group at the last checkpoint, three times at most. Raises UserError where the cluster is
-    too small.
+    too small, KeyboardInterrupt after Ctrl-C: the next run continues at the last evaluation.
     """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
     workers, cpus, gpu = unit.compute.workers, unit.compute.cpus_per_worker, unit.compute.device == "cuda"
-    require(workers * cpus, workers * gpu, advice="lower --compute.workers or --compute.cpus-per-worker")
-    TorchTrainer(
+    require(cpus, int(gpu), at_least=workers, advice="lower --compute.workers or --compute.cpus-per-worker")
+    trainer = TorchTrainer(
         _worker,
         train_loop_config={"unit": unit},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
@@ -25,7 +29,14 @@ def train_with_workers(unit: Unit) -> None:
             storage_path=str(unit.folder / "ray"),
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),
         ),
-    ).fit()
+    )
+    ours = signal.getsignal(signal.SIGINT)
+    try:
+        trainer.fit()
+    except SystemExit:  # Ray Train's handler of Ctrl-C ends the workers, and this process as if all were well
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, ours)
     if unit.result() is None:
         raise UserError(f"the workers of {unit.name} ended without a result: see {unit.folder / 'ray'}")
 
@@ -34,6 +45,9 @@ def _worker(config: dict) -> None:
     import ray.train
 
     run = UnitRun(config["unit"])
+    show = show_progress(config["unit"].name)
     for evaluation in run.evaluations():
+        if rank() == 0:
+            show(evaluation)
         ray.train.report({"step": evaluation.step, "loss": evaluation.loss, **evaluation.metrics})
     run.finish()

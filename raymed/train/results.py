@@ -93,7 +93,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
         [image[i].mean(0).numpy() for i in shown],
         [cams[i].numpy() for i in shown],
         [f"p = {scores[i]:.2f}" for i in shown],
-        [(_side_of(cams[i].numpy()), sides[i]) if sides is not None and i in known else None for i in shown],
+        [(_side_of(cams[i].numpy()), str(sides[i])) if sides is not None and i in known else None for i in shown],
     )
     rate = laterality_hit_rate(cams[known], [sides[i] for i in known]) if sides is not None and known else {}
     return folder / "grad_cam.png", rate
@@ -109,16 +109,18 @@ def report(
     methods: Mapping[str, Sequence[Unit]],
     baseline: str | None = None,
     artifacts: Sequence[Path] = (),
+    best: str | None = None,
     **extra: Any,
 ) -> Path:
     """End a job: print and write the table, draw the figures, log them, write the summary. Returns its path.
 
-    baseline: method that the others are compared with, seed by seed. artifacts: further files to log.
+    baseline: method that the others are compared with, seed by seed. artifacts: further files to log. best: the method
+    to name so; None = by the validation split.
     """
     from rich import print as show
 
     figures = {name: summarise(units) for name, units in methods.items()}
-    best = best_on_validation(figures)
+    best = best or best_on_validation(figures)
     folder = job.folder / "figures"
     pictures = [*draw_curves(folder, methods, figures), draw_losses(folder, methods), *artifacts]
     panel, laterality = draw_heat_maps(folder, methods[best][0])

@@ -100,7 +100,7 @@ class UnitRun:
         recipe, folder = self.unit.recipe, self.unit.folder
         phase = self.fit.phases[-1]
         networks, feed = self.fit.best()
-        meters = {split: evaluate(phase, networks, feed, split)["binary"] for split in SPLITS}
+        meters = {s: cast(BinaryMeter, evaluate(phase, networks, feed, s)["binary"]) for s in SPLITS}
         threshold = tune_threshold(meters["val"].scores, meters["val"].targets, recipe.threshold)
         figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in SPLITS}
         if rank() > 0:

@@ -38,15 +38,15 @@ class Recorder(Callback):
             return  # cut off where it stood: the next run of the command continues it
         result = trial.last_result
         finished = bool(result.get("finished"))
-        self._end(trial, "finished" if finished else "stopped", result[self.trials.metric])
         if not finished:
             self.trials.outbox(trial.config["number"]).tags({"raymed.stopped_at_evaluation": str(result[TIME])})
         self._close(trial, "FINISHED")
+        self._end(trial, "finished" if finished else "stopped", result[self.trials.metric])
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Failed for good; the sweep goes on without it."""
-        self._end(trial, "failed", None)
         self._close(trial, "FAILED")
+        self._end(trial, "failed", None)
 
     def _end(self, trial: Any, status: Any, value: float | None) -> None:
         number = trial.config["number"]
@@ -62,6 +62,7 @@ class Recorder(Callback):
         return self.job.config.sweep.num_trials
 
     def _close(self, trial: Any, status: Any) -> None:
+        """Before the journal says that the trial has ended, since nobody looks at it again then."""
         number, params = trial.config["number"], trial.config["params"]
         for outbox in [self.trials.outbox(number), *(u.outbox for u in self.trials.units(number, params))]:
             if outbox.path.is_file():

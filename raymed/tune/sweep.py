@@ -5,25 +5,28 @@ own (`raymed.tune.journal`): the same command after any kill goes on with it.
 """
 
 import dataclasses
+import math
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
-from raymed.config import UserError, check_range, flatten, replace
+from raymed.config import UserError, check_choice, check_range, flatten, replace
 from raymed.report.figures import sweep_figure
-from raymed.space import Space, parse
+from raymed.space import Choice, Space, parse
 from raymed.storage import local_folder
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.cluster import require
 from raymed.train.job import Job
-from raymed.train.launch import encoder_units, run_side_by_side
+from raymed.train.launch import ADVICE, check_single_worker, encoder_units, run_side_by_side
 from raymed.train.results import report
 from raymed.train.unit import Unit, UnitRun
 from raymed.tune.journal import Journal, TrialRecord
+
+METRICS = ("auroc", "auprc", "accuracy_at_0.5", "brier", "ece")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class SweepConfig:
     num_trials: int = 24
     """The first is the recipe as it stands."""
     metric: str = "auprc"
-    """Validation metric to optimise."""
+    """Validation metric to optimise: auroc, auprc, accuracy_at_0.5, brier or ece."""
     mode: Literal["max", "min"] = "max"
     space: tuple[str, ...] = ()
     """Further dimensions, or others for the loss's own: "head.optim.lr=1e-3..1e-1:log", "losses.asl.clip=0|0.05"."""
@@ -48,6 +51,9 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_range("sweep.num_trials", self.num_trials, 1)
+        check_choice("sweep.metric", self.metric, METRICS)
+        if self.at_once is not None:
+            check_range("sweep.at_once", self.at_once, 1)
         check_range("sweep.grace", self.grace, 1)
         check_range("sweep.reduction", self.reduction, 2)
         for entry in self.space:
@@ -56,16 +62,29 @@ class SweepConfig:
 
 
 def search_space(recipe: ClassifierRecipe, sweep: SweepConfig) -> Space:
-    """Field of the recipe -> dimension: the loss's own space, and what the user adds."""
+    """Field of the recipe -> dimension: the loss's own space, and what the user adds.
+
+    Raises UserError for a field that does not exist or changes nothing, and for values that the field cannot have.
+    """
     loss = getattr(recipe.losses, recipe.loss_name)
     space = {f"losses.{recipe.loss_name}.{name}": dimension for name, dimension in loss.space.items()}
     for entry in sweep.space:
         name, _, text = entry.partition("=")
-        replace(recipe, {name: _field(recipe, name)})
-        space[name] = parse(text)
+        _check_has_effect(recipe, name)
+        space[name] = dimension = parse(text)
+        for value in dimension.options if isinstance(dimension, Choice) else (dimension.low, dimension.high):
+            replace(recipe, {name: value})
     if not space:
         raise UserError(f"the loss {recipe.loss_name!r} has nothing to sweep: add --sweep.space NAME=RANGE")
     return space
+
+
+def _check_has_effect(recipe: ClassifierRecipe, name: str) -> None:
+    """Two-stage trials share an encoder, and the features it gives each image."""
+    _field(recipe, name)
+    parts = (f"losses.{recipe.loss_name}.", *(("head.",) if recipe.two_stage else ("single.", "augment.", "model.")))
+    if not name.startswith(parts):
+        raise UserError(f"sweep.space: {name} changes nothing in a trial of {recipe.method}; what does: {', '.join(parts)}")
 
 
 def _field(recipe: Any, name: str) -> Any:
@@ -123,12 +142,10 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
     outbox = trials.outbox(number)
     outbox.open(trials.key(number), f"trial-{number:04d}", trials.template.key, params)
     runs = [UnitRun(unit) for unit in trials.units(number, params)]
-    latest = [None] * len(runs)
-    for evaluations in zip_longest(*(run.evaluations() for run in runs)):
-        latest = [new or old for new, old in zip(evaluations, latest, strict=True)]
-        values = [e.metrics[trials.metric] for e in latest if e is not None]
-        reached = max(e.number for e in latest if e is not None)
-        mean = sum(values) / len(values)
+    latest = [math.nan] * len(runs)
+    for reached, values in enumerate(zip_longest(*(_values(run, trials.metric) for run in runs)), start=1):
+        latest = [old if new is None else new for new, old in zip(values, latest, strict=True)]
+        mean = sum(latest) / len(latest)
         outbox.metrics({f"val/{trials.metric}": mean}, reached)
         tune.report({"evaluation": reached, trials.metric: mean, "finished": False})
     results = [run.finish() for run in runs]
@@ -138,18 +155,31 @@ def run_trial(config: dict[str, Any], trials: Trials) -> None:
     tune.report({"evaluation": last + 1, trials.metric: mean, "finished": True})
 
 
+def _values(run: UnitRun, metric: str) -> Iterator[float]:
+    """The metric after every evaluation, from the first: those of an earlier, interrupted run are on record."""
+    told = 0
+    for evaluation in run.evaluations():
+        earlier = _recorded(run, metric)[told : evaluation.number - 1]
+        yield from (*earlier, evaluation.metrics[metric])
+        told = evaluation.number
+    yield from _recorded(run, metric)[told:]
+
+
+def _recorded(run: UnitRun, metric: str) -> list[float]:
+    kept = [r["values"] for r in run.unit.outbox.records() if r["op"] == "metrics" and f"val/{metric}" in r["values"]]
+    return [math.nan if values[f"val/{metric}"] is None else values[f"val/{metric}"] for values in kept]
+
+
 def run_sweep(job: Job, sweep: SweepConfig, seeds: Sequence[int]) -> Path:
     """Run, or go on with, the sweep of a job's recipe, and report its best trial. Needs a connected Ray.
 
     Raises UserError where the cluster has no room for a single trial, and when every trial failed.
     """
     compute = job.config.compute
-    room = require(
-        compute.cpus_per_worker,
-        float(compute.device == "cuda"),
-        at_once=sweep.at_once or sweep.num_trials,
-        advice="lower --compute.cpus-per-worker, or use --compute.device cpu",
-    )
+    check_single_worker(job)
+    space = search_space(job.recipe, sweep)
+    gpus = int(compute.device == "cuda")
+    room = require(compute.cpus_per_worker, gpus, at_most=sweep.at_once or sweep.num_trials, advice=ADVICE)
     encoders = encoder_units(job, seeds) if job.recipe.two_stage else []
     run_side_by_side(job, [encoders])
     folders = {unit.seed: str(unit.folder / "checkpoints" / "supcon") for unit in encoders}
@@ -159,7 +189,7 @@ def run_sweep(job: Job, sweep: SweepConfig, seeds: Sequence[int]) -> Path:
     journal = Journal(job.folder / "sweep.jsonl")
     left = sweep.num_trials - sum(t.status != "running" for t in journal.trials.values())
     if left > 0:
-        _tune(job, sweep, journal, trials, room, left)
+        _tune(job, sweep, space, journal, trials, room, left)
     return _report(job, sweep, journal, trials)
 
 
@@ -170,11 +200,12 @@ def _report(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials) -> P
     picture = job.folder / "figures" / "sweep.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     sweep_figure(picture, _table(journal), f"validation {sweep.metric}", sweep.mode == "max")
-    units = {f"trial {best.number}": trials.units(best.number, best.params)}
+    chosen = f"trial {best.number}"
+    units = {chosen: trials.units(best.number, best.params)}
     if best.number and journal.trials[0].status == "finished":
         units = {"default": trials.units(0, journal.trials[0].params)} | units
     sweep_record = {"num_trials": len(journal.trials), "best_trial": best.number, "best_params": best.params}
-    return report(job, units, next(iter(units)), [picture], sweep=sweep_record)
+    return report(job, units, next(iter(units)), [picture], best=chosen, sweep=sweep_record)
 
 
 def _table(journal: Journal) -> list[dict[str, Any]]:
@@ -187,14 +218,15 @@ def _table(journal: Journal) -> list[dict[str, Any]]:
     return [row(trial) for trial in journal.ended()]
 
 
-def _tune(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials, room: int, left: int) -> None:
+def _tune(
+    job: Job, sweep: SweepConfig, space: Space, journal: Journal, trials: Trials, room: int, left: int
+) -> None:
     from ray import tune
 
     from raymed.tune.recorder import Recorder, WhenInterrupted
     from raymed.tune.search import JournalAsha, JournalSearcher
 
     recipe = trials.template.recipe
-    space = search_space(recipe, sweep)
     default = {name: _field(recipe, name) for name in space}
     evaluations = (recipe.head if recipe.two_stage else recipe.single).evaluations
     compute = job.config.compute

@@ -2,15 +2,15 @@
 
 import dataclasses
 import json
-import subprocess
+import runpy
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from raymed.config import replace
 from raymed.data.manifest import DataConfig
 from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
@@ -19,9 +19,10 @@ from raymed.tasks.task import Optim
 from raymed.models.encoder import EncoderConfig
 from raymed.train.checkpoint import Checkpoints, load_weights
 from raymed.train.compute import Compute
-from raymed.train.unit import Unit, UnitRun, predictions, train_unit
+from raymed.train.unit import SPLITS, Unit, UnitRun, predictions, train_unit
 
 pytestmark = pytest.mark.ray
+REPO = Path(__file__).resolve().parents[2]
 CLIP = 0.02
 OPTIMS = {
     "asl": Optim("sgd", lr=2e-2, schedule="one_cycle", clip=CLIP),  # a wrong scale of the gradient would show
@@ -104,15 +105,16 @@ def test_two_workers_give_the_curve_and_the_weights_of_one_process(units, method
     plain, ours = units[method, "plain"], units[method, where]
 
     loss, expected = _curve(ours, "loss"), _curve(plain, "loss")
-    print(f"\nloss {(np.abs(loss - expected) / np.abs(expected)).max():.1e}", *(f"{p} {_distance(plain, ours, p):.1e}" for p in PHASES[method]), _curve(ours,"grad_norm").min())
-    for split in ("val","test"):
-        x,y=predictions(plain,split),predictions(ours,split)
-        print(split, np.abs(x["scores"]-y["scores"]).max(), {k:(v, ours.result()[split][k]) for k,v in plain.result()[split].items() if v!=ours.result()[split][k]})
+
     assert len(expected) == 50
     assert (_curve(ours, "grad_norm") > CLIP).all(), "clipping was not active"
     assert (np.abs(loss - expected) / np.abs(expected)).max() < 1e-5
     for phase in PHASES[method]:
         assert _distance(plain, ours, phase) < 1e-5
+    for split in SPLITS:
+        np.testing.assert_allclose(predictions(ours, split)["scores"], predictions(plain, split)["scores"], atol=1e-6)
+        ranked = [{m: u.result()[split][m] for m in ("auroc", "auprc", "accuracy", "f1")} for u in (plain, ours)]
+        assert ranked[0] == ranked[1]
 
 
 def _distance(one: Unit, other: Unit, phase: str) -> float:
@@ -120,3 +122,55 @@ def _distance(one: Unit, other: Unit, phase: str) -> float:
     a, b = (load_weights(Checkpoints(u.folder / "checkpoints" / phase).find("last"), averaged=False) for u in (one, other))
     a, b = (torch.cat([weights[name].double().flatten() for name in sorted(weights)]) for weights in (a, b))
     return ((a - b).norm() / a.norm()).item()
+
+
+def test_a_job_on_two_workers(ray_cluster, monkeypatch, capsys, tmp_path):
+    """What `python jobs/train_classifier.py --compute.workers 2` does, in a cluster that is there already."""
+    from mlflow import MlflowClient
+
+    small = "--data.preprocess.size=32 --single.batch-size=32 --single.steps=12 --single.evaluations=3"
+    arguments = ["--method=asl", f"--storage={tmp_path}", "--name=two", "--compute.workers=2", "--compute.zero-stage=1"]
+    monkeypatch.setattr(sys, "argv", ["train_classifier.py", *small.split(), *arguments])
+
+    runpy.run_path(str(REPO / "jobs" / "train_classifier.py"), run_name="__main__")
+
+    said = capsys.readouterr().out
+    assert said.strip().splitlines()[-1] == f"summary: {tmp_path}/runs/two/summary.json"
+    figures = json.loads((tmp_path / "runs" / "two" / "summary.json").read_text())["figures"]["asl"]
+    result = json.loads((tmp_path / "runs" / "two" / "seed-2023" / "result.json").read_text())
+    assert figures["test"]["auroc"]["mean"] == pytest.approx(result["test"]["auroc"])
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow/mlflow.db")
+    runs = {r.info.run_name: r for r in client.search_runs([client.get_experiment_by_name("raymed").experiment_id])}
+    assert {name: run.info.status for name, run in runs.items()} == {"two": "FINISHED", "seed-2023": "FINISHED"}
+    losses = client.get_metric_history(runs["seed-2023"].info.run_id, "single/loss")
+    assert [point.step for point in losses] == list(range(1, 13))
+    assert runs["seed-2023"].data.metrics["final/test/auroc"] == result["test"]["auroc"]
+    assert runs["seed-2023"].data.params["compute.workers"] == "2"
+
+
+@pytest.mark.parametrize(
+    ("job", "arguments", "expected"),
+    [
+        ("tune_asl", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs, 0 GPUs at a time, and the cluster has 2"),
+        ("compare_losses", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs"),
+        ("train_classifier", ["--compute.workers=64"], "this needs 64 x 1 CPUs"),
+        ("tune_asl", ["--compute.workers=2"], "tune_asl trains many models side by side, each on one worker"),
+        ("tune_asl", ["--compute.workers=2", "--method=asl"], "leave --compute.workers at 1"),
+        ("compare_losses", ["--compute.workers=2"], "compare_losses trains many models side by side"),
+    ],
+)
+def test_what_the_cluster_cannot_do_is_said_at_once(
+    ray_cluster, monkeypatch, capsys, tmp_path_factory, job, arguments, expected
+):
+    storage = tmp_path_factory.getbasetemp() / "preflight"  # one for all: the images are decoded once
+    monkeypatch.setattr(sys, "argv", [f"{job}.py", f"--storage={storage}", "--data.preprocess.size=32", *arguments])
+
+    began = time.monotonic()
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(REPO / "jobs" / f"{job}.py"), run_name="__main__")
+
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert expected in said and "Traceback" not in said
+    assert time.monotonic() - began < 60, "it waited for what cannot come"
+    assert not list((storage / "runs").glob("**/result.json"))

@@ -85,6 +85,8 @@ def test_brightness_does_not_tell_the_label(phantoms):
     brightness = np.stack([images.mean((1, 2)), images.std((1, 2)), np.percentile(images, 95, axis=(1, 2))], 1)
     assert all(grouped_auroc(column[:, None], table, 1.0) < 0.65 for column in brightness.T)
     assert grouped_auroc(brightness, table, 1.0) < 0.7
+    label = (table["label"] == "occluded").to_numpy(float)
+    assert grouped_auroc((label + 0.5 * brightness[:, 0] / 255)[:, None], table, 1.0) > 0.95  # what would be found
 
 
 @pytest.mark.parametrize(("size", "c"), [(24, 1e-4), (24, 1e-2), (24, 1.0), (48, 1e-3), (48, 1e-1)])
@@ -98,17 +100,20 @@ def test_linear_model_on_pixels_does_not_solve_it(phantoms, size, c):
 def test_occlusion_takes_the_plume_away_on_its_side(view, side):
     """The same patient, pose and noise with and without the occlusion: what is missing lies at the stated end."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    missing, missing_elsewhere = [], []
+    other = {"left": "right", "right": "left"}[side]
+    missing, missing_on_other, gained_on_other = [], [], []
     for patient in range(30):
         patent, ends = hsg(patient, view, "none")
         occluded, same_ends = hsg(patient, view, side)
         assert ends == same_ends
-        lost = patent.astype(int) - occluded > 12
-        near = {s: np.hypot(x - ends[s][0], y - ends[s][1]) < 0.2 * SIZE for s in ends}
-        missing.append(lost[near.pop(side)].sum())
-        missing_elsewhere.append(lost[near.popitem()[1]].sum())
-    assert np.mean(np.array(missing) >= 10) >= 0.9 and np.median(missing) > 60
-    assert np.median(missing_elsewhere) == 0
+        lost = patent.astype(int) - occluded
+        here, there = (np.hypot(x - ends[s][0], y - ends[s][1]) < 0.2 * SIZE for s in (side, other))
+        missing.append((lost[here] > 12).sum())
+        missing_on_other.append((lost[there] > 12).sum())
+        gained_on_other.append(-lost[there].mean())
+    assert np.mean(np.array(missing) >= 10) >= 0.9 and np.median(missing) > 60  # pixels of 1134
+    assert np.median(missing_on_other) < 0.3 * np.median(missing)
+    assert np.mean(gained_on_other) > 0  # what cannot leave here leaves there
 
 
 def test_patent_tubes_show_contrast_at_their_end(phantoms):
@@ -122,10 +127,7 @@ def test_patent_tubes_show_contrast_at_their_end(phantoms):
 
     rows = [(row, images[i]) for i, row in table.iterrows()]
     patent = np.array([contrast(s, row, im) for row, im in rows for s in ("left", "right") if row["side"] != s])
-    occluded = np.array([contrast(row["side"], row, im) for row, im in rows if row["side"] != "none"])
     assert patent.mean() > 18 and np.mean(patent > 5) > 0.85
-    # Nothing there, or a dilated sac that is denser than any plume.
-    assert np.mean(occluded < 5) > 0.25 and np.mean(occluded > 20) > 0.35
 
 
 def test_late_view_is_another_picture_of_the_same_patient():

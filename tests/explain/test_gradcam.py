@@ -11,7 +11,7 @@ from raymed.config import UserError
 from raymed.explain import grad_cam, laterality_hit_rate
 
 
-class Quadrants(nn.Module):
+class Mirror(nn.Module):
     """Two feature maps: the image's own pixels, and the same mirrored."""
 
     def maps(self, x):
@@ -50,7 +50,7 @@ def network():
     torch.manual_seed(0)
     encoder, head = Small(), Head()
     for _ in range(3):
-        encoder(torch.randn(8, 1, 16, 16)) if False else encoder.maps(torch.randn(8, 1, 16, 16))
+        encoder.maps(torch.randn(8, 1, 16, 16))  # running statistics other than 0 and 1
     return encoder, head
 
 
@@ -61,41 +61,40 @@ def left_half(height=4, width=6):
 
 
 def test_positive_weight_shows_the_channel():
-    cam = grad_cam(Quadrants(), lambda f: 3 * f[:, 0], left_half())
+    cam = grad_cam(Mirror(), lambda f: 3 * f[:, 0], left_half())
     assert torch.equal(cam, left_half()[:, 0])
 
 
 def test_mirrored_channel_shows_the_other_half():
-    cam = grad_cam(Quadrants(), lambda f: 3 * f[:, 1], left_half())
+    cam = grad_cam(Mirror(), lambda f: 3 * f[:, 1], left_half())
     assert torch.equal(cam, left_half().flip(-1)[:, 0])
 
 
 def test_negative_weight_shows_nothing():
-    assert torch.equal(grad_cam(Quadrants(), lambda f: -3 * f[:, 0], left_half()), torch.zeros(1, 4, 6))
+    assert torch.equal(grad_cam(Mirror(), lambda f: -3 * f[:, 0], left_half()), torch.zeros(1, 4, 6))
 
 
 def test_constant_map_gives_zeros():
     """Both halves equally: 1 everywhere before scaling."""
-    assert torch.equal(grad_cam(Quadrants(), lambda f: f.sum(1), left_half()), torch.zeros(1, 4, 6))
+    assert torch.equal(grad_cam(Mirror(), lambda f: f.sum(1), left_half()), torch.zeros(1, 4, 6))
 
 
 def test_channels_are_weighted_before_the_relu():
-    """2 A_0 - A_1 is 2 left and -1 right; its ReLU scaled is 1 and 0. A_0 - 2 A_1 mirrors to nothing on the right."""
-    cam = grad_cam(Quadrants(), lambda f: 2 * f[:, 0] - f[:, 1], left_half())
+    """2 A_0 - A_1 is 2 on the left and -1 on the right: ReLU, then scale. 2 A_0 + A_1 is 2 and 1: the 1 becomes 0."""
+    cam = grad_cam(Mirror(), lambda f: 2 * f[:, 0] - f[:, 1], left_half())
     assert torch.equal(cam, left_half()[:, 0])
-    cam = grad_cam(Quadrants(), lambda f: 2 * f[:, 0] + f[:, 1], left_half())
-    assert torch.equal(cam, left_half()[:, 0])  # 2 and 1: the minimum of each image becomes 0
+    cam = grad_cam(Mirror(), lambda f: 2 * f[:, 0] + f[:, 1], left_half())
+    assert torch.equal(cam, left_half()[:, 0])
 
 
 def test_weights_are_the_gradient_at_this_image():
-    """y = f_0^2 / 2 - f_1 with f the means: weights f_0 and -1 times 1 / (h w), so a brighter image flips the sign."""
+    """y = f_0^2 / 2 - f_1 with f the means of the maps: the weights are f_0 and -1, over h w."""
     image = torch.tensor([[[[4.0, 0.0]]], [[[1.0, 0.0]]]])  # f_0 = f_1 = 2 and 0.5
-
-    cam = grad_cam(Quadrants(), lambda f: f[:, 0] ** 2 / 2 - f[:, 1], image)
+    cam = grad_cam(Mirror(), lambda f: f[:, 0] ** 2 / 2 - f[:, 1], image)
     # Weighted sums: 2 * (4, 0) - (0, 4) = (8, -4); 0.5 * (1, 0) - (0, 1) = (0.5, -1): both left only.
     assert torch.equal(cam, torch.tensor([[[1.0, 0.0]], [[1.0, 0.0]]]))
-    cam = grad_cam(Quadrants(), lambda f: (f[:, 0] - 1) ** 2 / 2, image)
-    # Weights 1 and -0.5: the second image's own channel lowers its logit no more than it can.
+    cam = grad_cam(Mirror(), lambda f: (f[:, 0] - 1) ** 2 / 2, image)
+    # Weights f_0 - 1 are 1 and -0.5: what the second image shows lowers its logit.
     assert torch.equal(cam, torch.tensor([[[1.0, 0.0]], [[0.0, 0.0]]]))
 
 
@@ -189,12 +188,12 @@ def test_random_weights_change_the_map(network):
 
 def test_built_in_encoder():
     from raymed.models.encoder import EncoderConfig, build_encoder
+    from raymed.models.head import LinearHead
 
     torch.manual_seed(0)
-    encoder = build_encoder(EncoderConfig(), channels=1)
-    head = nn.Linear(encoder.num_features, 1)
-    cam = grad_cam(encoder, lambda features: head(features)[:, 0], torch.rand(2, 1, 64, 64))
-    assert cam.shape == (2, 64, 64) and cam.min() >= 0 and cam.max() <= 1
+    encoder = build_encoder(EncoderConfig(), in_channels=1).requires_grad_(False)
+    cam = grad_cam(encoder, LinearHead(encoder.num_features), torch.rand(4, 1, 64, 64))
+    assert cam.shape == (4, 64, 64) and cam.min() == 0 and cam.max() == 1
 
 
 def hits(*values):

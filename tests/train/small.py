@@ -1,4 +1,4 @@
-"""A data set, a recipe and a fit that train in a second: what the tests of this folder share, also in other processes."""
+"""A data set, a recipe and a fit that train in a second: shared by the tests of this folder and their processes."""
 
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from raymed.tasks.task import Optim
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
+from raymed.train.unit import Unit
 
 OPTIM = Optim(lr=2e-3, weight_decay=0.05, schedule="one_cycle", clip=0.5)
 RECIPE = ClassifierRecipe(
@@ -62,3 +63,9 @@ def make_fit(recipe: ClassifierRecipe, folder: Path, compute: Compute | None = N
 def curve(folder: Path) -> list[tuple[int, dict]]:
     """(step, values) of every metrics record that counts."""
     return [(r["step"], r["values"]) for r in Outbox(folder / "outbox.jsonl").records() if r["op"] == "metrics"]
+
+
+def make_unit(recipe: ClassifierRecipe, folder: Path, **more) -> Unit:
+    """A unit of the recipe."""
+    cache = Path(recipe.data.manifest).parent / "cache"
+    return Unit(recipe=recipe, seed=3, folder=folder, key="run/unit", name="unit", parent="run", cache=cache, **more)

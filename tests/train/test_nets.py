@@ -1,0 +1,139 @@
+"""The networks of a phase: who is in training, who is frozen, and where weights come from."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from small import recipe
+from torch import nn
+
+from raymed.config import UserError
+from raymed.tasks.task import Ema, Network, Optim, Phase, Task
+from raymed.train.compute import Compute
+from raymed.train.nets import Networks
+
+COMPUTE = Compute(channels_last=False)
+
+
+def block() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.Linear(4, 2))
+
+
+class Three(Task):
+    """Two trained networks, one with an average, and a frozen one."""
+
+    def networks(self):
+        return {
+            "maker": Network(block(), Optim("sgd", lr=0.1, schedule="constant", warmup=0.0, clip=None), Ema(0.5)),
+            "critic": Network(block(), Optim("sgd", lr=0.1)),
+            "frozen": Network(block()),
+        }
+
+
+@pytest.fixture
+def nets() -> Networks:
+    made = Networks(Phase("p", Three(), steps=4, batch_size=2), 1, COMPUTE)
+    made.networks["critic"].module[0].bias.requires_grad_(False)  # as a task may have frozen it
+    made.build_engines(4)
+    return made
+
+
+def state(nets: Networks) -> dict:
+    return {name: (net.module.training, [p.requires_grad for p in net.module.parameters()])
+            for name, net in nets.networks.items()}  # fmt: skip
+
+
+def test_at_rest_everything_is_in_eval_mode_and_the_untrained_is_frozen(nets):
+    seen = state(nets)
+    assert not any(training for training, _ in seen.values())
+    assert all(seen["maker"][1]) and not any(seen["frozen"][1])
+    x = torch.randn(2, 3)
+    assert all(torch.equal(nets[name](x), nets[name](x)) for name in nets.networks)  # no dropout
+    assert set(nets.engines) == {"maker", "critic"} and set(nets.averages) == {"maker"}
+
+
+def test_training_one_network_freezes_the_others_and_restores_them(nets):
+    before = state(nets)
+    x = torch.randn(8, 3)
+    with nets.training("maker"):
+        inside = state(nets)
+        assert inside["maker"] == (True, [True] * 6)
+        assert inside["critic"] == (False, [False] * 6) and inside["frozen"] == (False, [False] * 6)
+        assert not torch.equal(nets["maker"](x), nets["maker"](x))  # dropout
+        loss = nets["critic"](nets["maker"](torch.randn(8, 3))[:, [0, 1, 0]]).sum()
+        nets.engines["maker"].backward(loss, last=True)
+        assert all(p.grad is not None for p in nets.module("maker").parameters())
+        assert all(p.grad is None for p in nets.module("critic").parameters())
+        with nets.training("critic"):
+            assert state(nets)["critic"][0] and not state(nets)["maker"][1][0]
+        assert state(nets)["maker"][1] == [True] * 6
+    assert state(nets) == before
+    with pytest.raises(ZeroDivisionError), nets.training("maker"):
+        raise ZeroDivisionError
+    assert state(nets) == before
+    with pytest.raises(UserError, match="network 'frozen' has no optimiser"), nets.training("frozen"):
+        raise AssertionError
+
+
+def test_averaged_holds_averages_and_records_no_gradient(nets):
+    weight = nets.module("maker")[0].weight
+    with nets.training("maker"):
+        nets.engines["maker"].backward(nets["maker"](torch.randn(8, 3)).square().sum(), last=True)
+        nets.engines["maker"].step(0)
+    first = nets.averages["maker"].shadow["0.weight"].clone()
+    nets.averages["maker"].update()
+    own = weight.detach().clone()
+    expected = first.lerp(own, 0.9)  # the first update's decay is 1 / 10
+    assert not torch.equal(own, first)
+    with nets.averaged():
+        torch.testing.assert_close(weight.detach(), expected)
+        assert not nets["maker"](torch.randn(2, 3)).requires_grad
+    assert torch.equal(weight, own)
+    assert torch.equal(nets.weights(averaged=False)["maker.0.weight"], own)
+    torch.testing.assert_close(nets.weights(averaged=True)["maker.0.weight"], expected)
+
+
+def test_same_seed_same_weights_whatever_was_drawn_before():
+    torch.manual_seed(1)
+    first = Networks(Phase("p", Three(), steps=4, batch_size=2), 1, COMPUTE).weights(averaged=False)
+    torch.rand(17)
+    again = Networks(Phase("p", Three(), steps=4, batch_size=2), 1, COMPUTE).weights(averaged=False)
+    other = Networks(Phase("p", Three(), steps=4, batch_size=2), 2, COMPUTE).weights(averaged=False)
+    assert all(torch.equal(again[name], weight) for name, weight in first.items())
+    assert not torch.equal(other["maker.0.weight"], first["maker.0.weight"])
+
+
+@pytest.fixture(scope="module")
+def phases(manifest, data):
+    return recipe(manifest).phases(data), recipe(manifest, method="ce").phases(data)
+
+
+def test_a_part_is_loaded_from_another_network(phases):
+    """An encoder out of the contrastive network into one that stands alone, and into a classifier."""
+    (supcon, head), (single,) = phases
+    source = Networks(supcon, 1, COMPUTE).weights(averaged=False)
+    for phase, prefix in ((head, "encoder."), (single, "classifier.encoder.")):
+        target = Networks(phase, 2, COMPUTE)
+        before = target.weights(averaged=False)
+        target.load_part("encoder", source, Path("somewhere"))
+        after = target.weights(averaged=False)
+        for name, weight in after.items():
+            if name.startswith(prefix):
+                assert torch.equal(weight, source["contrastive.encoder." + name.removeprefix(prefix)])
+            else:
+                assert torch.equal(weight, before[name])
+
+
+def test_a_part_that_does_not_fit_is_explained(manifest, data, phases):
+    (supcon, head), _ = phases
+    other = recipe(manifest, model__norm="group").phases(data)[0]
+    target = Networks(head, 1, COMPUTE)
+    grouped = Networks(other, 1, COMPUTE).weights(averaged=False)
+    with pytest.raises(UserError, match="DIR does not fit encoder: .*running_mean is missing.*another encoder"):
+        target.load_part("encoder", grouped, Path("DIR"))
+    wide = {name: torch.zeros(5) if name.endswith("stem.0.weight") else w
+            for name, w in Networks(supcon, 1, COMPUTE).weights(averaged=False).items()}  # fmt: skip
+    with pytest.raises(UserError, match=r"DIR does not fit encoder: net.stem.0.weight is \(5,\), wanted \(16,"):
+        target.load_part("encoder", wide, Path("DIR"))
+    with pytest.raises(UserError, match="no network has a part 'decoder'; there are encoder, head"):
+        target.load_part("decoder", grouped, Path("DIR"))
