@@ -2,7 +2,7 @@
 
 Every draw is a function of (seed, step, sample index, purpose): `raymed.random`. All geometry is one affine map and one
 resampling. The defaults suit radiographs: small rotations and zooms, and strong changes of exposure, sharpness and
-noise, without which a network leans on fine texture that differs from one X-ray machine to the next.
+noise, without which a small network leans on fine texture.
 """
 
 import math

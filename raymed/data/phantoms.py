@@ -68,7 +68,7 @@ def hsg(
     check_range("size", size, 32)
     anatomy = _draw_anatomy(_rng(seed, patient, "anatomy"), side)
     rng = _rng(seed, patient, view)
-    angle, scale, shift = rng.uniform(-0.22, 0.22), rng.uniform(1.0, 1.2), rng.uniform(-0.06, 0.06, 2)
+    angle, scale, shift = rng.uniform(-0.25, 0.25), rng.uniform(1.0, 1.2), rng.uniform(-0.07, 0.07, 2)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
     axis = (np.arange(size) + 0.5) * 2 / size - 1
     pixels = np.stack(np.meshgrid(axis, axis), -1)
@@ -204,15 +204,15 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
     path = _draw_path(rng, t, cornu)
     radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
     spill = _draw_spill(rng, path[-1], volume)
-    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.4
-    sac, sac_start = rng.uniform(0.065, 0.105), rng.uniform(0.35, 0.6)
+    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.45
+    sac, sac_start = rng.uniform(0.05, 0.08), rng.uniform(0.35, 0.6)
     if volume > 0:
         return _Tube(path, radius, spill, path[-1])
     if has_sac:  # blocked at its far end and dilated: hydrosalpinx
         radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
         return _Tube(path, radius, spill[:0], path[-1])
     filled = t <= cut  # blocked on the way, with a blunt tip
-    tip = 0.04 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
+    tip = 0.05 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
     return _Tube(path[filled], radius[filled] + tip, spill[:0], path[-1])
 
 
@@ -297,11 +297,11 @@ def _cavity(p: dict[str, float], x: np.ndarray, y: np.ndarray, pixel: float) -> 
 
 
 def _strand(path: np.ndarray, radius: np.ndarray, body: np.ndarray, pixel: float, gain: float) -> np.ndarray:
-    """A filled tube: attenuation grows with its thickness, which saturates at 1.4; no thinner than a pixel shows."""
+    """A filled tube: attenuation grows with its thickness, which saturates at 1.5; no thinner than a pixel shows."""
     reach = radius**2 + (0.45 * pixel) ** 2
     squared = _squared_distance(body, path) / np.float32(reach)
     nearest = squared.argmin(1)
-    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.4)
+    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.5)
     return thickness[nearest] * np.exp(-(squared[np.arange(len(body)), nearest] ** 2))
 
 

@@ -66,7 +66,7 @@ def _calm_worker() -> None:
 
 
 def require(cpus: int, gpus: int = 0, *, at_least: int = 1, at_most: int | None = None, advice: str) -> int:
-    """How many workers of so many CPUs and GPUs, each on one node, the cluster can run at a time; never above `at_most`.
+    """How many workers of so many CPUs and GPUs, each on one node, the cluster can run at a time, at most `at_most`.
 
     Raises UserError when that is below `at_least`, where Ray would wait without a word.
     """

@@ -64,7 +64,7 @@ class DeepSpeedEngine:
 
         keys, counters = self._shard_keys()
         return {
-            name: {key: safe_get_full_optimizer_state(p, key).detach().cpu().clone() for key in keys}
+            name: {key: safe_get_full_optimizer_state(p, key).cpu().clone() for key in keys}  # type: ignore[union-attr]
             | {key: value.cpu().clone() for key, value in counters.items()}
             for name, p in self._trained()
         }

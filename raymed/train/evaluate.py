@@ -89,5 +89,3 @@ def shard(batch_rows: np.ndarray, accumulate: int) -> list[np.ndarray]:
     """This worker's rows of every micro-batch: micro-batch k is the k-th piece of the global batch, and worker r has
     the r-th piece of that, so that a micro-batch holds the same samples for any number of workers."""
     return [np.array_split(micro, world_size())[rank()] for micro in np.array_split(batch_rows, accumulate)]
-
-

@@ -111,6 +111,11 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
     from raymed.tracking import SystemMetrics, Tracker
 
     storage = resolve_storage(config.run.storage)
+    if "working_dir_files" in storage.parts:
+        raise UserError(
+            f"--storage must be an absolute path in a submitted job, got {config.run.storage}: Ray deletes the folder "
+            "that the job runs in"
+        )
     name = config.run.name or f"{kind}-{config_hash(config, _NOT_IDENTITY)[:8]}"
     folder = storage / "runs" / name
     recipe = _with_phantoms(config.recipe, storage)

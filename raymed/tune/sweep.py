@@ -84,7 +84,8 @@ def _check_has_effect(recipe: ClassifierRecipe, name: str) -> None:
     _field(recipe, name)
     parts = (f"losses.{recipe.loss_name}.", *(("head.",) if recipe.two_stage else ("single.", "augment.", "model.")))
     if not name.startswith(parts):
-        raise UserError(f"sweep.space: {name} changes nothing in a trial of {recipe.method}; what does: {', '.join(parts)}")
+        useful = " or ".join(parts)
+        raise UserError(f"sweep.space: {name} changes nothing in a trial of {recipe.method}: sweep fields of {useful}")
 
 
 def _field(recipe: Any, name: str) -> Any:

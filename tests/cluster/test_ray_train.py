@@ -14,9 +14,9 @@ import torch
 from raymed.data.manifest import DataConfig
 from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
+from raymed.models.encoder import EncoderConfig
 from raymed.tasks.classifier import ClassifierRecipe, ContrastiveStage, Stage
 from raymed.tasks.task import Optim
-from raymed.models.encoder import EncoderConfig
 from raymed.train.checkpoint import Checkpoints, load_weights
 from raymed.train.compute import Compute
 from raymed.train.unit import SPLITS, Unit, UnitRun, predictions, train_unit
@@ -119,7 +119,8 @@ def test_two_workers_give_the_curve_and_the_weights_of_one_process(units, method
 
 def _distance(one: Unit, other: Unit, phase: str) -> float:
     """Norm of the difference of all weights at the end of a phase, relative to the norm of the weights."""
-    a, b = (load_weights(Checkpoints(u.folder / "checkpoints" / phase).find("last"), averaged=False) for u in (one, other))
+    folders = [Checkpoints(unit.folder / "checkpoints" / phase).find("last") for unit in (one, other)]
+    a, b = (load_weights(folder, averaged=False) for folder in folders)
     a, b = (torch.cat([weights[name].double().flatten() for name in sorted(weights)]) for weights in (a, b))
     return ((a - b).norm() / a.norm()).item()
 
@@ -151,7 +152,7 @@ def test_a_job_on_two_workers(ray_cluster, monkeypatch, capsys, tmp_path):
 @pytest.mark.parametrize(
     ("job", "arguments", "expected"),
     [
-        ("tune_asl", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs, 0 GPUs at a time, and the cluster has 2"),
+        ("tune_asl", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs, 0 GPUs at a time, and the cluster"),
         ("compare_losses", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs"),
         ("train_classifier", ["--compute.workers=64"], "this needs 64 x 1 CPUs"),
         ("tune_asl", ["--compute.workers=2"], "tune_asl trains many models side by side, each on one worker"),

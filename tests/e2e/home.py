@@ -27,6 +27,7 @@ class Home:
         self.code, self.storage, self.temporary = folder / "code", folder / "storage", temporary
         for name in ("raymed", "jobs"):
             shutil.copytree(REPO / name, self.code / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / ".rayignore", self.code)
         (folder / "home").mkdir()
         dropped = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYMED_LOCAL")
         self.env = {name: value for name, value in os.environ.items() if name not in dropped} | {

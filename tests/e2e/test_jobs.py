@@ -51,7 +51,8 @@ def test_compare_losses_writes_the_summary(comparison):
                 figure = method[split][metric]
                 assert set(figure) >= {"mean", "std", "n", "ci_low", "ci_high", "num_patients"}
                 assert (figure["n"], figure["num_patients"]) == (2, patients)
-            assert method[split]["auroc"]["ci_low"] <= method[split]["auroc"]["mean"] <= method[split]["auroc"]["ci_high"]
+            auroc = method[split]["auroc"]
+            assert auroc["ci_low"] <= auroc["mean"] <= auroc["ci_high"]
     on_validation = {name: method["val"]["auprc"]["mean"] for name, method in summary["figures"].items()}
     assert summary["best"] == max(on_validation, key=on_validation.__getitem__)
     assert summary["differences"]["baseline"] == "ce"
@@ -221,7 +222,7 @@ def test_one_class_only(refused, phantoms, tmp_path):
     table[table["label"] == "patent"].to_csv(tmp_path / "one.csv", index=False)
 
     said = refused("train_classifier", f"--data.manifest={tmp_path}/one.csv", "--data.positive=patent")
-    assert "PLACEHOLDER" in said
+    assert "every image has the label 'patent'" in said
 
 
 def test_a_storage_that_cannot_be_written(refused, tmp_path):

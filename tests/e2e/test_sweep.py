@@ -15,7 +15,8 @@ COMMAND = (*TINY, f"--sweep.num-trials={NUM_TRIALS}", "--sweep.at-once=2", "--na
 
 def _events(home) -> list[dict]:
     path = home.storage / "runs" / "sweep" / "sweep.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _ended(home) -> list[int]:
@@ -74,10 +75,11 @@ def test_mlflow_shows_one_sweep_with_nested_trials_and_seeds_all_finished(home, 
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     names = Counter(run.info.run_name for run in runs.values())
     trials = [f"trial-{number:04d}" for number in range(NUM_TRIALS)]
-    assert names == dict.fromkeys(["sweep", "encoder/seed-2023", *trials, *(f"{t}-seed-2023" for t in trials)], 1)
+    expected = dict.fromkeys(["encoder/seed-2023", *trials], "sweep") | {f"{t}-seed-2023": t for t in trials}
+    assert names == dict.fromkeys(["sweep", *expected], 1)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    parents = {r.info.run_name: runs[p].info.run_name for r in runs.values() if (p := r.data.tags.get("mlflow.parentRunId"))}
-    assert parents == {"encoder/seed-2023": "sweep"} | dict.fromkeys(trials, "sweep") | {f"{t}-seed-2023": t for t in trials}
+    tags = {run.info.run_name: run.data.tags for run in runs.values() if run.info.run_name != "sweep"}
+    assert {name: runs[tag["mlflow.parentRunId"]].info.run_name for name, tag in tags.items()} == expected
     for run in runs.values():
         for metric in run.data.metrics:
             steps = [point.step for point in client.get_metric_history(run.info.run_id, metric)]

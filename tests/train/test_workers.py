@@ -2,9 +2,8 @@
 
 All checks of one number of workers share its processes; what they leave on disk is compared here.
 
-With group normalisation everything agrees to 1e-5. With batch normalisation rounding alone (another memory order in one
-plain process) grows until weights differ by 1e-4: ReLUs switch, and gradients in front of a normalisation cancel. There
-the first steps are compared to 1e-5, before it has grown, and the rest loosely.
+ReLUs are replaced by SiLUs here. A ReLU switches where rounding differs (another memory order in one plain process is
+enough), and from there two runs part: weights by 1e-4 after 16 steps. With a smooth network they agree to 1e-5.
 """
 
 import json
@@ -36,16 +35,16 @@ COMPUTES = {
     "zero1": Compute(engine="deepspeed", zero_stage=1, compile=True),
     "zero2": Compute(engine="deepspeed", zero_stage=2),
 }
-_SGD, _SLOW_SGD = Optim("sgd", lr=2e-2, weight_decay=1e-2, clip=0.4), Optim("sgd", lr=5e-2, clip=0.05)
+_SGD, _HEAD_SGD = Optim("sgd", lr=2e-2, weight_decay=1e-2, clip=0.4), Optim("sgd", lr=5e-2, clip=0.05)
 RECIPES = {
     "adamw": {"model.norm": "group", "supcon.optim": Optim(lr=1e-3, clip=0.4), "head.optim": Optim(lr=5e-3, clip=0.05)},
-    "sgd": {"model.norm": "group", "supcon.optim": _SGD, "head.optim": _SLOW_SGD},
+    "sgd": {"model.norm": "group", "supcon.optim": _SGD, "head.optim": _HEAD_SGD},
     "batchnorm": {"supcon.optim": Optim(lr=3e-4, clip=0.4), "head.optim": Optim(lr=5e-3, clip=0.05)},
 }
 """sgd shows a gradient of the wrong size, which Adam hides; its norm before clipping is compared too."""
 RUNS = {
-    2: ["torch-sgd", "zero0-adamw", "zero1-adamw", "zero2-adamw", "zero2-sgd", "torch-batchnorm", "zero2-batchnorm"],
-    3: ["torch-adamw", "zero2-sgd", "torch-batchnorm"],
+    2: ["torch-sgd", "zero0-adamw", "zero1-adamw", "zero2-adamw", "zero2-sgd", "zero2-batchnorm"],
+    3: ["torch-batchnorm", "zero2-sgd"],
 }
 RESUMED = {2: ["zero2-adamw", "zero1-sgd"], 3: []}
 """What workers continue that one process began."""
@@ -79,6 +78,7 @@ def scores(manifest: Path, folder: Path) -> dict:
 def worker(rank: int, world: int, base: Path, manifest: Path) -> None:
     """One process: all runs of this number of workers."""
     torch.set_num_threads(1)
+    torch.nn.ReLU = torch.nn.SiLU
     folder = base / str(world)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     for run in RUNS[world]:
@@ -110,14 +110,23 @@ def refusal(manifest: Path, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory):
+def smooth():
+    """Patches that last as long as this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        yield patch
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory, smooth):
     """(folder, manifest): every recipe trained by one plain process, whole and stopped."""
+    smooth.setattr(torch.nn, "ReLU", torch.nn.SiLU)
     base = tmp_path_factory.mktemp("plain")
     manifest = write_images(base)
     load_data(recipe(manifest))
     for name in RECIPES:
         train(manifest, base / f"torch-{name}", f"torch-{name}")
-        train(manifest, base / f"stopped-torch-{name}", f"torch-{name}", STOP)
+        if name != "batchnorm":
+            train(manifest, base / f"stopped-torch-{name}", f"torch-{name}", STOP)
     return base, manifest
 
 
@@ -134,21 +143,22 @@ def workers(request, plain):
 
 
 def check_same(ours: Path, plain: Path) -> None:
-    """Losses and gradient norms of all steps, weights and averages at the end of both phases."""
-    exact = not plain.name.endswith("batchnorm")
+    """Losses and gradient norms of all steps, weights and averages at the end of both phases: 1e-5 relative.
+
+    Biases start at 0 and some stay there, since the next normalisation takes them away: 1e-6 absolute.
+    """
     for (step, values), (plain_step, expected) in zip(curve(ours), curve(plain), strict=True):
         assert (step, values.keys()) == (plain_step, expected.keys())
-        tolerance = 1e-5 if exact or step <= 3 else 1e-2
         for name in expected:
             if name.endswith(("loss", "grad_norm")):
-                assert values[name] == pytest.approx(expected[name], rel=tolerance), (step, name)
+                assert values[name] == pytest.approx(expected[name], rel=1e-5), (step, name)
     for phase in STEPS:
         for averaged in (False, True):
             found, wanted = (load_weights(last(folder, phase), averaged=averaged) for folder in (ours, plain))
             assert found.keys() == wanted.keys()
             for name, tensor in wanted.items():
-                error = (found[name].double() - tensor.double()).norm() / tensor.double().norm().clamp(min=1e-12)
-                assert error < (1e-5 if exact else 0.1), f"{phase}: {name} differs by {error:.1e}"
+                error, norm = (found[name] - tensor).double().norm(), tensor.double().norm()
+                assert error < 1e-5 * norm + 1e-6, f"{phase}: {name} of norm {norm:.1e} differs by {error:.1e}"
 
 
 def last(folder: Path, phase: str) -> Path:
@@ -162,7 +172,7 @@ def test_clipping_bites_and_the_run_learns(plain):
         values = [v for _, v in curve(plain[0] / f"torch-{name}")]
         clipped = {"supcon": RECIPES[name]["supcon.optim"].clip, "head": RECIPES[name]["head.optim"].clip}
         for phase, clip in clipped.items():
-            assert np.mean([v[f"{phase}/grad_norm"] > clip for v in values if f"{phase}/loss" in v]) > 0.9
+            assert all(v[f"{phase}/grad_norm"] > clip for v in values if f"{phase}/loss" in v)
         losses = [v["supcon/loss"] for v in values if "supcon/loss" in v]
         assert np.mean(losses[-5:]) < np.mean(losses[:5])
 

@@ -57,7 +57,8 @@ def test_an_evaluation_that_is_repeated_after_a_restart_stands_once(path):
 @pytest.mark.parametrize(("mode", "best"), [("max", 5), ("min", 4)])
 def test_the_best_trial_is_a_finished_one(path, mode, best):
     journal = Journal(path)
-    for number, status, value in ((4, "finished", 0.2), (5, "finished", 0.95), (6, "stopped", 0.99), (7, "stopped", 0.1)):
+    ends = [("finished", 0.2), ("finished", 0.95), ("stopped", 0.99), ("stopped", 0.1)]
+    for number, (status, value) in enumerate(ends, start=4):
         journal.choose(number, {})
         journal.end(number, status, value)
 

@@ -1,4 +1,4 @@
-"""Suggestions and early stopping are functions of the journal: a sweep that was killed goes on as if it had not been."""
+"""Suggestions and early stopping are functions of the journal: a killed sweep goes on as if it had not been."""
 
 from types import SimpleNamespace
 
@@ -76,14 +76,14 @@ def test_a_killed_sweep_tries_what_an_uninterrupted_one_tries(tmp_path):
 def test_suggestions_find_a_planted_optimum_better_than_chance(tmp_path):
     num_trials, seeds = 30, range(5)
     found = [sweep(tmp_path / f"{seed}.jsonl", num_trials, seed).best("max").value for seed in seeds]
-    late = [
-        np.mean([t.value for t in Journal(tmp_path / f"{seed}.jsonl").ended()][-10:]) for seed in seeds
-    ]
+    late = [np.mean([t.value for t in Journal(tmp_path / f"{seed}.jsonl").ended()][-10:]) for seed in seeds]
 
     rng = np.random.default_rng(0)
     chance = [
-        [objective({"x": rng.random(), "y": 10 ** rng.uniform(-3, 0), "kind": rng.choice(["a", "b", "c"])})
-         for _ in range(num_trials)]
+        [
+            objective({"x": rng.random(), "y": 10 ** rng.uniform(-3, 0), "kind": rng.choice(["a", "b", "c"])})
+            for _ in range(num_trials)
+        ]
         for _ in range(200)
     ]
 
