@@ -19,7 +19,7 @@ class ProjectionHead(nn.Module):
     def __init__(self, in_features: int, hidden: int | None = None, out: int = 128):
         super().__init__()
         hidden = hidden or in_features
-        self.layers = nn.Sequential(nn.Linear(in_features, hidden), nn.ReLU(inplace=True), nn.Linear(hidden, out))
+        self.layers = nn.Sequential(nn.Linear(in_features, hidden), nn.SiLU(inplace=True), nn.Linear(hidden, out))
 
     def forward(self, features: Tensor) -> Tensor:
         """(B, in_features) -> (B, out) of unit norm, at least float32."""

@@ -15,7 +15,7 @@ def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> 
 
 
 class Block(nn.Module):
-    """relu(shortcut(x) + bn(conv(relu(bn(conv(x)))))). Channels change only where the resolution does."""
+    """silu(shortcut(x) + bn(conv(silu(bn(conv(x)))))). Channels change only where the resolution does."""
 
     def __init__(self, in_channels: int, out_channels: int, stride: int):
         super().__init__()
@@ -23,15 +23,15 @@ class Block(nn.Module):
         self.bn1 = nn.BatchNorm2d(out_channels)
         self.conv2 = _conv(out_channels, out_channels, 3)
         self.bn2 = nn.BatchNorm2d(out_channels)
-        self.relu = nn.ReLU(inplace=True)
+        self.silu = nn.SiLU(inplace=True)
         self.shortcut = nn.Identity()
         if stride > 1:
             pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
             self.shortcut = nn.Sequential(pool, _conv(in_channels, out_channels, 1), nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(self.shortcut(x) + self.bn2(self.conv2(y)))
+        y = self.silu(self.bn1(self.conv1(x)))
+        return self.silu(self.shortcut(x) + self.bn2(self.conv2(y)))
 
 
 class ResNetSmall(nn.Module):
@@ -43,7 +43,7 @@ class ResNetSmall(nn.Module):
     def __init__(self, in_channels: int = 1, widths: tuple[int, ...] = (16, 32, 64, 128)):
         super().__init__()
         self.head_hidden_size = widths[-1]
-        self.stem = nn.Sequential(_conv(in_channels, widths[0], 3), nn.BatchNorm2d(widths[0]), nn.ReLU(inplace=True))
+        self.stem = nn.Sequential(_conv(in_channels, widths[0], 3), nn.BatchNorm2d(widths[0]), nn.SiLU(inplace=True))
         blocks = [Block(widths[0], widths[0], stride=1)]
         blocks += [Block(before, width, stride=2) for before, width in itertools.pairwise(widths)]
         self.blocks = nn.Sequential(*blocks)

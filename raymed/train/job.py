@@ -239,4 +239,3 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
         sys.exit(130)
-

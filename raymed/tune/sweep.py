@@ -219,9 +219,7 @@ def _table(journal: Journal) -> list[dict[str, Any]]:
     return [row(trial) for trial in journal.ended()]
 
 
-def _tune(
-    job: Job, sweep: SweepConfig, space: Space, journal: Journal, trials: Trials, room: int, left: int
-) -> None:
+def _tune(job: Job, sweep: SweepConfig, space: Space, journal: Journal, trials: Trials, room: int, left: int) -> None:
     from ray import tune
 
     from raymed.tune.recorder import Recorder, WhenInterrupted

@@ -51,8 +51,13 @@ class Cluster:
         return done.stdout + done.stderr
 
     def submit(self, *arguments: str, **options) -> str:
-        job = ("job", "submit", f"--address={self.address}", "--working-dir=.", "--", "python", "jobs/tune_asl.py")
-        return self.call(*job, *arguments, RAY_AUTH_MODE="token", **options)
+        """Run a sweep as a job to its end."""
+        return self.call(*self.job(*arguments), RAY_AUTH_MODE="token", **options)
+
+    def job(self, *arguments: str) -> tuple[str, ...]:
+        """The command that submits a sweep."""
+        entrypoint = ("python", "jobs/tune_asl.py", *arguments)
+        return ("job", "submit", f"--address={self.address}", "--working-dir=.", "--", *entrypoint)
 
     def driver(self) -> psutil.Process | None:
         """The process of the job's entrypoint."""
@@ -79,11 +84,9 @@ def _ended(home: Home) -> list[int]:
 
 def test_a_submitted_sweep_survives_the_kill_of_its_driver(home, cluster):
     command = (*TINY, f"--sweep.num-trials={NUM_TRIALS}", "--name=submitted")
-    submitted = [RAY, "job", "submit", f"--address={cluster.address}", "--working-dir=.", "--", "python"]
-    client = subprocess.Popen(
-        [*submitted, "jobs/tune_asl.py", *command],
-        cwd=home.code, env=home.env | {"RAY_AUTH_MODE": "token"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+    env = home.env | {"RAY_AUTH_MODE": "token"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    client = subprocess.Popen([RAY, *cluster.job(*command)], cwd=home.code, env=env, **pipes)
     wait_for(lambda: len(_ended(home)) >= 2 or client.poll() is not None, 240, "two ended trials")
     if client.poll() is None:
         cluster.driver().send_signal(signal.SIGKILL)
