@@ -204,16 +204,16 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
     path = _draw_path(rng, t, cornu)
     radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
     spill = _draw_spill(rng, path[-1], volume)
-    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.45
-    sac, sac_start = rng.uniform(0.05, 0.08), rng.uniform(0.35, 0.6)
+    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.5
+    sac, sac_start, tip = rng.uniform(0.05, 0.085), rng.uniform(0.35, 0.6), rng.uniform(0.02, 0.05)
     if volume > 0:
         return _Tube(path, radius, spill, path[-1])
     if has_sac:  # blocked at its far end and dilated: hydrosalpinx
         radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
         return _Tube(path, radius, spill[:0], path[-1])
-    filled = t <= cut  # blocked on the way, with a blunt tip
-    tip = 0.05 * np.clip(1 - (cut - t[filled]) / 0.12, 0, 1)
-    return _Tube(path[filled], radius[filled] + tip, spill[:0], path[-1])
+    filled = t <= cut  # blocked on the way, with a club-shaped tip
+    club = tip * np.clip(1 - (cut - t[filled]) / 0.22, 0, 1) ** 0.7
+    return _Tube(path[filled], radius[filled] + club, spill[:0], path[-1])
 
 
 def _draw_path(rng: Generator, t: np.ndarray, cornu: np.ndarray) -> np.ndarray:
@@ -268,7 +268,7 @@ def _attenuation(anatomy: _Anatomy, body: np.ndarray, view: str, rng: Generator,
     streaks = map_coordinates(anatomy.texture, at * [[3], [1.5]], order=1, mode="grid-wrap")
     late = view == "late"
     filling = rng.uniform(0.45, 0.9) if late else rng.uniform(0.8, 1.1)
-    spread, density = rng.uniform([1.1, 0.35], [1.35, 0.5]) if late else rng.uniform([0.8, 0.4], [1.0, 0.6])
+    spread, density = rng.uniform([1.1, 0.35], [1.35, 0.55]) if late else rng.uniform([0.8, 0.4], [1.0, 0.65])
     tissue = 1.2 - 0.25 * (x**2 + (0.8 * y) ** 2) + 0.06 * cloud
     contrast = _cavity(anatomy.cavity, x, y, pixel)
     spill = np.zeros_like(x)
@@ -297,11 +297,11 @@ def _cavity(p: dict[str, float], x: np.ndarray, y: np.ndarray, pixel: float) -> 
 
 
 def _strand(path: np.ndarray, radius: np.ndarray, body: np.ndarray, pixel: float, gain: float) -> np.ndarray:
-    """A filled tube: attenuation grows with its thickness, which saturates at 1.5; no thinner than a pixel shows."""
+    """A filled tube: attenuation grows with its thickness, which saturates at 1.35; no thinner than a pixel shows."""
     reach = radius**2 + (0.45 * pixel) ** 2
     squared = _squared_distance(body, path) / np.float32(reach)
     nearest = squared.argmin(1)
-    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.5)
+    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.35)
     return thickness[nearest] * np.exp(-(squared[np.arange(len(body)), nearest] ** 2))
 
 

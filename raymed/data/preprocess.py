@@ -25,7 +25,7 @@ class Preprocess:
     """1 = grey, 3 = RGB."""
     window: tuple[float, float] | None = None
     """DICOM and NIfTI: (center, width) of the shown values; None = the file's own, else smallest to largest value."""
-    normalisation: Literal["image", "dataset", "none"] = "image"
+    normalisation: Literal["image", "dataset", "none"] = "dataset"
     """Mean 0 and standard deviation 1 for each image, for the training set as a whole, or values left in [0, 1]."""
     mean: tuple[float, ...] | None = None
     """Of each channel, values in [0, 1], for normalisation = dataset; None = measured on the training split."""

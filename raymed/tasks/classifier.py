@@ -50,12 +50,12 @@ Losses = dataclasses.make_dataclass(
 class Stage:
     """How long and how one phase is trained."""
 
-    steps: int = 600
+    steps: int = 2000
     batch_size: int = 64
     """Over all workers and micro-batches."""
     accumulate: int = 1
     """Micro-batches a step."""
-    balanced: bool = False
+    balanced: bool = True
     """Equal numbers of both classes in a batch."""
     optim: Optim = Optim(lr=4e-3)
     ema_decay: float | None = 0.99
@@ -85,7 +85,6 @@ class Stage:
 class ContrastiveStage(Stage):
     """The SupCon phase."""
 
-    balanced: bool = True
     loss: SupConLoss = SupConLoss(temperature=0.1)
     projection: int = 128
     """Width of the projection that SupCon compares; dropped afterwards."""
@@ -111,10 +110,11 @@ class ClassifierRecipe:
     supcon: ContrastiveStage = ContrastiveStage()
     single: Stage = Stage()
     """The one phase of ce, focal and asl."""
-    head: Stage = Stage(steps=480, batch_size=256, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
+    head: Stage = Stage(steps=480, batch_size=256, balanced=False, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
     """The second phase of supcon_*."""
-    threshold: Literal["accuracy", "youden", "f1"] = "accuracy"
-    """What the decision threshold makes largest on the validation split."""
+    threshold: Literal["accuracy", "youden", "f1"] = "youden"
+    """What the decision threshold makes largest on the validation split; youden (sensitivity + specificity) does not
+    depend on how rare the positive class is there."""
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)

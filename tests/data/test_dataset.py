@@ -44,7 +44,9 @@ def test_batch_of_a_split(make_set, load_set, tmp_path):
     assert batch.index.tolist() == [6, 4] and batch.label.tolist() == data.labels[indices].tolist()
     assert batch.label.dtype == batch.index.dtype == torch.int64
     np.testing.assert_array_equal(batch.image[0, 0], np.asarray(Image.open(tmp_path / "005.png")))
-    assert data.preprocess == Preprocess(size=16)
+    assert data.preprocess.size == 16 and data.preprocess.normalisation == "dataset"
+    train = data.batch(data.splits["train"]).unit_image()
+    assert data.preprocess.mean == pytest.approx((train.mean().item(),))
 
 
 def test_batch_slices_and_moves():
