@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from raymed.config import UserError
+from raymed.config import UserError, to_json
 from raymed.storage import write_atomic
 
 FORMAT = 1
@@ -43,7 +43,7 @@ class Bundle:
         write_atomic(folder / _WEIGHTS, weights)
         described = {name: value for name, value in vars(self).items() if name != "weights"}
         described |= {"format": FORMAT, "sha256": {_WEIGHTS: hashlib.sha256(weights).hexdigest()}}
-        write_atomic(folder / _JSON, json.dumps(described, indent=2, sort_keys=True) + "\n")
+        write_atomic(folder / _JSON, to_json(described))
         return folder
 
     @classmethod

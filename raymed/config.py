@@ -8,9 +8,11 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
+import os
 import types
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -107,6 +109,23 @@ def _replace_one(config: Any, name: str, path: list[str], value: Any) -> Any:
     check_choice(f"{name}: field of {type(config).__name__}", path[0], [f.name for f in dataclasses.fields(config)])
     inner = value if len(path) == 1 else _replace_one(getattr(config, path[0]), name, path[1:], value)
     return dataclasses.replace(config, **{path[0]: inner})  # type: ignore[type-var]
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON, indented: a number that is not finite is null; configs, numpy numbers and paths become plain."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {str(key): plain(inner) for key, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(inner) for inner in value]
+        if hasattr(value, "item"):
+            return plain(value.item())
+        if isinstance(value, float):
+            return value if math.isfinite(value) else None
+        return os.fspath(value) if isinstance(value, os.PathLike) else value
+
+    return json.dumps(plain(to_dict(value)), indent=2, allow_nan=False) + "\n"
 
 
 def config_hash(config: Any, exclude: Iterable[str] = ()) -> str:

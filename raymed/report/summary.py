@@ -1,15 +1,10 @@
 """summary.json: what a job did and found, in one file that any tool can read."""
 
-import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from raymed.config import to_dict
+from raymed.config import to_json
 from raymed.storage import write_atomic
 
 
@@ -36,18 +31,6 @@ def write_summary(
 
     The file is strict JSON: a number that is not finite, such as the standard deviation of one seed, is null.
     """
-    summary = {"job": job, "config": to_dict(config), "figures": figures, "mlflow": mlflow, "paths": paths} | extra
-    write_atomic(path, json.dumps(_strict(summary), indent=2, allow_nan=False) + "\n")
+    summary = {"job": job, "config": config, "figures": figures, "mlflow": mlflow, "paths": paths} | extra
+    write_atomic(path, to_json(summary))
     return path
-
-
-def _strict(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {str(key): _strict(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_strict(inner) for inner in value]
-    if isinstance(value, np.generic):
-        return _strict(value.item())
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return os.fspath(value) if isinstance(value, os.PathLike) else value

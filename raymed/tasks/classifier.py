@@ -110,7 +110,7 @@ class ClassifierRecipe:
     supcon: ContrastiveStage = ContrastiveStage()
     single: Stage = Stage()
     """The one phase of ce, focal and asl."""
-    head: Stage = Stage(steps=480, batch_size=256, balanced=False, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
+    head: Stage = Stage(480, 256, balanced=False, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
     """The second phase of supcon_*."""
     threshold: Literal["accuracy", "youden", "f1"] = "youden"
     """What the decision threshold makes largest on the validation split; youden (sensitivity + specificity) does not
@@ -193,7 +193,8 @@ class SupConTask(Task):
 
     def _replayed(self, step: Step, network: Callable) -> Iterator[Loss]:
         """Features of all micro-batches without gradient; the loss over all of them and its gradient for the features;
-        then each micro-batch again, carrying its part of that gradient (Gao et al. 2021, GradCache)."""
+        then each micro-batch again, carrying its part of that gradient (Gao et al. 2021, GradCache). Normalisation
+        layers see every micro-batch twice, so that their running statistics move twice a step."""
         with torch.no_grad():
             features = [network(self._views(batch, step)) for _, batch in step.batches()]
         together = torch.cat(features).requires_grad_()

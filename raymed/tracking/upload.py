@@ -72,6 +72,8 @@ class Store:
 
 @dataclasses.dataclass
 class Cursor:
+    """How far an outbox is uploaded, kept beside it."""
+
     uri: str
     experiment: str
     offset: int = 0  # bytes of the outbox that are uploaded

@@ -12,7 +12,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 
-from raymed.config import to_dict
+from raymed.config import to_dict, to_json
 from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank
@@ -89,7 +89,7 @@ class UnitRun:
         """Score validation and test at the best checkpoint and write predictions, bundle and result. Collective."""
         result = self._encoder_result() if self.unit.part == "encoder" else self._scores()
         if rank() == 0:
-            write_atomic(self.unit.folder / "result.json", json.dumps(result, indent=2) + "\n")
+            write_atomic(self.unit.folder / "result.json", to_json(result))
             self.unit.outbox.close("FINISHED")
         return result
 

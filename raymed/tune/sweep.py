@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from raymed.config import UserError, check_choice, check_range, flatten, replace
 from raymed.report.figures import sweep_figure
@@ -26,7 +26,7 @@ from raymed.train.results import report
 from raymed.train.unit import Unit, UnitRun
 from raymed.tune.journal import Journal, TrialRecord
 
-METRICS = ("auroc", "auprc", "accuracy_at_0.5", "brier", "ece")
+METRICS = {"auroc": "max", "auprc": "max", "accuracy_at_0.5": "max", "brier": "min", "ece": "min"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,6 @@ class SweepConfig:
     """The first is the recipe as it stands."""
     metric: str = "auprc"
     """Validation metric to optimise: auroc, auprc, accuracy_at_0.5, brier or ece."""
-    mode: Literal["max", "min"] = "max"
     space: tuple[str, ...] = ()
     """Further dimensions, or others for the loss's own: "head.optim.lr=1e-3..1e-1:log", "losses.asl.clip=0|0.05"."""
     grace: int = 2
@@ -48,6 +47,11 @@ class SweepConfig:
     """Trials side by side; None = as many as the cluster has room for."""
     seed: int = 0
     """Of the suggestions."""
+
+    @property
+    def mode(self) -> str:
+        """Whether more ("max") or less ("min") of the metric is better."""
+        return METRICS[self.metric]
 
     def __post_init__(self) -> None:
         check_range("sweep.num_trials", self.num_trials, 1)
