@@ -1,7 +1,7 @@
 """Train a classifier of an imbalanced set of images: one method, one seed or several.
 
-    python jobs/train_classifier.py                                      # digital HSG phantoms
-    python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --method asl
+python jobs/train_classifier.py                                      # digital HSG phantoms
+python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --method asl
 """
 
 from dataclasses import dataclass

@@ -125,7 +125,8 @@ def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str
         siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
-        raise UserError(f"data.manifest: there is no file {path}{hint}")
+        where = "" if path.is_absolute() else f" in {Path.cwd()} (a job on a cluster needs an absolute path)"
+        raise UserError(f"data.manifest: there is no file {path}{where}{hint}")
     if path.suffix == ".npz":
         return read_archive(path, classes)
     check_choice("data.manifest: the file's ending", path.suffix.lower(), (".csv", ".tsv", ".parquet", ".npz"))

@@ -65,6 +65,13 @@ def _calm_worker() -> None:
     logging.getLogger(cleaner).setLevel(logging.ERROR)
 
 
+def gpus_of(device: str) -> int:
+    """GPUs of one worker: one where compute.device is cuda, or auto and the cluster has any. Needs a connected Ray."""
+    import ray
+
+    return int(device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
+
+
 def require(cpus: int, gpus: int = 0, *, at_least: int = 1, at_most: int | None = None, advice: str) -> int:
     """How many workers of so many CPUs and GPUs, each on one node, the cluster can run at a time, at most `at_most`.
 

@@ -47,7 +47,7 @@ class Compute:
             warnings.warn("compute.zero_stage has no effect with the torch engine", stacklevel=3)
 
     def resolved_engine(self, workers: int | None = None) -> str:
-        """"torch" or "deepspeed"."""
+        """ "torch" or "deepspeed"."""
         if self.engine != "auto":
             return self.engine
         return "deepspeed" if (workers or world_size()) > 1 else "torch"

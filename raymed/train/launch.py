@@ -4,7 +4,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from raymed.config import UserError, replace
-from raymed.train.cluster import connected, require
+from raymed.train.cluster import connected, gpus_of, require
 from raymed.train.job import Job, show_progress
 from raymed.train.unit import Unit, train_unit
 
@@ -36,7 +36,7 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
         todo = [unit for unit in wave if unit.result() is None]
         if not todo:
             continue
-        gpus = int(job.config.compute.device == "cuda")
+        gpus = gpus_of(job.config.compute.device)
         require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
         cpus = _share(todo)
         train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train)

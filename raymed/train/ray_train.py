@@ -4,7 +4,7 @@ import signal
 
 from raymed.config import UserError
 from raymed.distributed import rank
-from raymed.train.cluster import require
+from raymed.train.cluster import gpus_of, require
 from raymed.train.job import show_progress
 from raymed.train.unit import Unit, UnitRun
 
@@ -18,13 +18,13 @@ def train_with_workers(unit: Unit) -> None:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    workers, cpus, gpu = unit.compute.workers, unit.compute.cpus_per_worker, unit.compute.device == "cuda"
-    require(cpus, int(gpu), at_least=workers, advice="lower --compute.workers or --compute.cpus-per-worker")
+    workers, cpus, gpus = unit.compute.workers, unit.compute.cpus_per_worker, gpus_of(unit.compute.device)
+    require(cpus, gpus, at_least=workers, advice="lower --compute.workers or --compute.cpus-per-worker")
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"unit": unit},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu, resources_per_worker={"CPU": cpus}),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=bool(gpus), resources_per_worker={"CPU": cpus}),
         run_config=RunConfig(
             storage_path=str(unit.folder / "ray"),
             failure_config=FailureConfig(max_failures=3, controller_failure_limit=3),

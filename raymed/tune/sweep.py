@@ -19,7 +19,7 @@ from raymed.space import Choice, Space, parse
 from raymed.storage import local_folder
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
-from raymed.train.cluster import require
+from raymed.train.cluster import gpus_of, require
 from raymed.train.job import Job
 from raymed.train.launch import ADVICE, check_single_worker, encoder_units, run_side_by_side
 from raymed.train.results import report
@@ -183,8 +183,9 @@ def run_sweep(job: Job, sweep: SweepConfig, seeds: Sequence[int]) -> Path:
     compute = job.config.compute
     check_single_worker(job)
     space = search_space(job.recipe, sweep)
-    gpus = int(compute.device == "cuda")
-    room = require(compute.cpus_per_worker, gpus, at_most=sweep.at_once or sweep.num_trials, advice=ADVICE)
+    room = require(
+        compute.cpus_per_worker, gpus_of(compute.device), at_most=sweep.at_once or sweep.num_trials, advice=ADVICE
+    )
     encoders = encoder_units(job, seeds) if job.recipe.two_stage else []
     run_side_by_side(job, [encoders])
     folders = {unit.seed: str(unit.folder / "checkpoints" / "supcon") for unit in encoders}
@@ -232,8 +233,9 @@ def _tune(job: Job, sweep: SweepConfig, space: Space, journal: Journal, trials: 
     recipe = trials.template.recipe
     default = {name: _field(recipe, name) for name in space}
     evaluations = (recipe.head if recipe.two_stage else recipe.single).evaluations
+    check_range("sweep.grace", sweep.grace, 1, evaluations)
     compute = job.config.compute
-    resources = {"cpu": compute.cpus_per_worker, "gpu": float(compute.device == "cuda")}
+    resources = {"cpu": compute.cpus_per_worker, "gpu": gpus_of(compute.device)}
     with tempfile.TemporaryDirectory(prefix="raymed-tune-") as scratch:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, trials=trials), resources),
