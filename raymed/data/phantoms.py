@@ -95,8 +95,8 @@ def write_hsg(folder: Path, num_patients: int = 240, seed: int = 0, size: int = 
     check_range("num_patients", num_patients, 1)
     check_range("prevalence", prevalence, 0, 1)
     check_range("seed", seed, 0)
-    parameters = {"version": _VERSION, "num_patients": num_patients, "seed": seed, "size": size}
-    parameters["prevalence"] = float(prevalence)
+    parameters = {"num_patients": num_patients, "seed": seed, "size": size, "prevalence": float(prevalence)}
+    parameters |= {"version": _VERSION}
     manifest = folder / "manifest.csv"
     if _is_complete(folder, parameters):
         return manifest
@@ -204,20 +204,20 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
     path = _draw_path(rng, t, cornu)
     radius = np.interp(t, [0, 0.45, 0.8, 1], [0.011, 0.012, rng.uniform(0.018, 0.03), rng.uniform(0.016, 0.026)])
     spill = _draw_spill(rng, path[-1], volume)
-    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.5
-    sac, sac_start, tip = rng.uniform(0.05, 0.085), rng.uniform(0.35, 0.6), rng.uniform(0.02, 0.05)
+    cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.45
+    sac, sac_start, tip = rng.uniform(0.05, 0.085), rng.uniform(0.35, 0.6), rng.uniform(0.032, 0.052)
     if volume > 0:
         return _Tube(path, radius, spill, path[-1])
     if has_sac:  # blocked at its far end and dilated: hydrosalpinx
         radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
         return _Tube(path, radius, spill[:0], path[-1])
     filled = t <= cut  # blocked on the way, with a club-shaped tip
-    club = tip * np.clip(1 - (cut - t[filled]) / 0.22, 0, 1) ** 0.7
+    club = tip * np.clip(1 - (cut - t[filled]) / 0.2, 0, 1) ** 0.7
     return _Tube(path[filled], radius[filled] + club, spill[:0], path[-1])
 
 
 def _draw_path(rng: Generator, t: np.ndarray, cornu: np.ndarray) -> np.ndarray:
-    """A Bezier curve from the cornu up, out and down to the ovary, with a winding of growing and ending width."""
+    """A Bezier curve from the cornu up, out and down to the ovary, winding most in the middle."""
     end = np.array([rng.uniform(0.48, 0.66), rng.uniform(-0.12, 0.3)])
     rise = cornu + [rng.uniform(0.1, 0.2), rng.uniform(-0.2, 0.05)]
     fall = end + [rng.uniform(-0.05, 0.15), rng.uniform(-0.4, -0.1)]
@@ -254,7 +254,8 @@ def _draw_blobs(rng: Generator, ends: tuple[np.ndarray, ...]) -> np.ndarray:
 def _cloud(rng: Generator, size: int = 64) -> np.ndarray:
     from scipy.ndimage import gaussian_filter
 
-    cloud = sum(s**1.6 * gaussian_filter(rng.normal(size=(size, size)), s, mode="wrap") for s in (1, 2, 4, 8))
+    octaves = [s**1.6 * gaussian_filter(rng.normal(size=(size, size)), s, mode="wrap") for s in (1, 2, 4, 8)]
+    cloud = np.sum(octaves, 0)
     return (cloud - cloud.mean()) / cloud.std()
 
 
@@ -297,11 +298,11 @@ def _cavity(p: dict[str, float], x: np.ndarray, y: np.ndarray, pixel: float) -> 
 
 
 def _strand(path: np.ndarray, radius: np.ndarray, body: np.ndarray, pixel: float, gain: float) -> np.ndarray:
-    """A filled tube: attenuation grows with its thickness, which saturates at 1.35; no thinner than a pixel shows."""
+    """A filled tube: attenuation grows with its thickness, which saturates at 1.4; no thinner than a pixel shows."""
     reach = radius**2 + (0.45 * pixel) ** 2
     squared = _squared_distance(body, path) / np.float32(reach)
     nearest = squared.argmin(1)
-    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.35)
+    thickness = np.minimum(gain * radius**2 / np.sqrt(reach), 1.4)
     return thickness[nearest] * np.exp(-(squared[np.arange(len(body)), nearest] ** 2))
 
 
