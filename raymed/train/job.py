@@ -178,7 +178,7 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
         return recipe
     from raymed.data.phantoms import write_hsg
 
-    manifest = write_hsg(storage / "phantoms" / "hsg", size=64)
+    manifest = write_hsg(storage / "phantoms" / "hsg-64", size=64)
     positive = recipe.data.positive or "occluded"
     changes = {"data.manifest": str(manifest), "data.positive": positive, "data.deidentified": True}
     return replace(recipe, changes)
