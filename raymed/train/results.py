@@ -72,9 +72,9 @@ def draw_losses(folder: Path, methods: Mapping[str, Sequence[Unit]]) -> Path:
     return folder / "training.png"
 
 
-def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
+def draw_heat_maps(folder: Path, unit: Unit) -> tuple[list[Path], dict[str, Any]]:
     """Grad-CAM of the most confident positive test images; where the side of the finding is known, how often the map
-    lies on it: {"hit_rate", "n", "ci_low", "ci_high"} over all positive test images, or {}.
+    lies on it (`laterality_hit_rate`, over all positive test images), or {}. Nothing for networks without feature maps.
     """
     import torch
 
@@ -84,6 +84,10 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
     rows = arrays["where"][arrays["targets"] == 1]
     scores = arrays["scores"][arrays["targets"] == 1]
     image = data.batch(rows).unit_image()
+    with torch.no_grad():
+        if classifier.encoder.maps(preprocess.normalise(image[:1])).ndim != 4:
+            print(f"no heat maps: {unit.recipe.model.backbone} has tokens in place of feature maps")
+            return [], {}
     cams = torch.cat([grad_cam(classifier.encoder, classifier.head, preprocess.normalise(x)) for x in image.split(64)])
     sides = None if data.sides is None else data.sides[rows]
     known: list[int] = [] if sides is None else [i for i, side in enumerate(sides) if side in ("left", "right")]
@@ -96,7 +100,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[Path, dict[str, Any]]:
         [(_side_of(cams[i].numpy()), str(sides[i])) if sides is not None and i in known else None for i in shown],
     )
     rate = laterality_hit_rate(cams[known], [sides[i] for i in known]) if sides is not None and known else {}
-    return folder / "grad_cam.png", rate
+    return [folder / "grad_cam.png"], rate
 
 
 def _side_of(cam: np.ndarray) -> str:
@@ -123,7 +127,7 @@ def report(
     best = best or best_on_validation(figures)
     folder = job.folder / "figures"
     pictures = [*draw_curves(folder, methods, figures), draw_losses(folder, methods), *artifacts]
-    panel, laterality = draw_heat_maps(folder, methods[best][0])
+    panels, laterality = draw_heat_maps(folder, methods[best][0])
     of_test = {name: figure["test"] for name, figure in figures.items()}
     show(comparison_table(of_test, METRICS, title=_title(job, methods[best])))
     differences = {
@@ -133,11 +137,12 @@ def report(
         show(difference_table({name: d["test"] for name, d in differences.items()}, METRICS, f"minus {baseline}, test"))
     write_atomic(job.folder / "table.csv", comparison_csv(of_test, METRICS))
     write_atomic(job.folder / "table.md", comparison_markdown(of_test, METRICS))
-    for picture in pictures + ([panel] if job.recipe.data.deidentified else []):
+    for picture in pictures + (panels if job.recipe.data.deidentified else []):
         job.outbox.artifact(picture, "figures")
     for table in ("table.csv", "table.md"):
         job.outbox.artifact(job.folder / table)
-    job.outbox.metrics({f"test/{name}": of_test[best][name]["mean"] for name in METRICS}, 0)
+    final = {f"test/{name}": of_test[best][name]["mean"] for name in METRICS}
+    job.outbox.metrics(final | ({"laterality_hit_rate": laterality["hit_rate"]} if laterality else {}), 0)
     paths = {"run": job.folder, "figures": folder, "model": methods[best][0].folder / "bundle"}
     extra |= {"differences": {"baseline": baseline, **differences}} if differences else {}
     summary = job.finish(figures, paths, best=best, laterality=laterality, **extra)
@@ -148,4 +153,5 @@ def report(
 def _title(job: Job, units: Sequence[Unit]) -> str:
     data = load_data(units[0].recipe.data, units[0].cache)
     unit = "patients" if data.has_patients else "images (no patient column)"
-    return f"test split, positive = {data.positive}, {len(units)} seeds, 95 % intervals over {unit}"
+    seeds = "1 seed" if len(units) == 1 else f"{len(units)} seeds"
+    return f"test split, positive = {data.positive}, {seeds}, 95 % intervals over {unit}"
