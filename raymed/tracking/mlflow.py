@@ -11,6 +11,7 @@ import json
 import os
 import re
 import threading
+import time
 from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
@@ -74,10 +75,18 @@ class Tracker:
         if upload is not None and Outbox(upload.outbox).status() != status:
             Outbox(upload.outbox).close(status)
 
-    def run_id(self, key: str) -> str | None:
-        """MLflow's id of a followed run; None while it is not uploaded."""
-        upload = self._upload(key)
-        return upload.cursor.run_id or None if upload else None
+    def run_id(self, key: str, timeout: float = 0.0) -> str | None:
+        """MLflow's id of a followed run; None while it is not uploaded.
+
+        Waits for at most `timeout` seconds, since a short first run is over before its sqlite store is made, and not at
+        all while MLflow does not take records.
+        """
+        deadline = time.monotonic() + timeout
+        while (upload := self._upload(key)) is None or not upload.cursor.run_id:
+            if self._trouble or time.monotonic() >= deadline:
+                return None
+            time.sleep(0.1)
+        return upload.cursor.run_id
 
     def where(self, key: str) -> str:
         """Where a person finds a followed run: the address of its page, or the command that shows it."""

@@ -93,7 +93,7 @@ class Job:
     def finish(self, figures: dict[str, Any], paths: dict[str, Path], **extra: Any) -> Path:
         """Write summary.json, log it, and close the run."""
         path = self.folder / "summary.json"
-        mlflow = {"experiment": self.config.run.experiment, "run": self.tracker.run_id(self.key)}
+        mlflow = {"experiment": self.config.run.experiment, "run": self.tracker.run_id(self.key, timeout=60)}
         kept = {name: str(place) for name, place in paths.items()}
         write_summary(path, self.kind, to_dict(self.config), figures, mlflow=mlflow, paths=kept, **extra)
         self.outbox.artifact(path)

@@ -63,10 +63,10 @@ def test_channels():
 def test_normalise_each_image():
     contrast = torch.tensor([0.1, 0.5, 1, 1])[:, None, None, None]
     image = contrast * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    out = Preprocess(channels=3).normalise(image)
+    out = Preprocess(channels=3, normalisation="image").normalise(image)
     torch.testing.assert_close(out.mean((1, 2, 3)), torch.zeros(4), atol=1e-5, rtol=0)
     torch.testing.assert_close(out.std((1, 2, 3), correction=0), torch.ones(4), atol=1e-3, rtol=0)
-    assert Preprocess().normalise(torch.full((1, 1, 8, 8), 0.3)).abs().max() < 0.01
+    assert Preprocess(normalisation="image").normalise(torch.full((1, 1, 8, 8), 0.3)).abs().max() < 0.01
 
 
 def test_normalise_by_the_data_set():

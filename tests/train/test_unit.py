@@ -10,7 +10,7 @@ import torch
 from small import load_data, make_unit, recipe
 
 from raymed.bundle import Bundle
-from raymed.config import UserError
+from raymed.config import UserError, to_json
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.storage import lock
 from raymed.tasks.classifier import load_classifier
@@ -20,7 +20,7 @@ from raymed.train.unit import predictions, train_unit
 
 def text(result: dict) -> str:
     """A result as JSON: NaN (a precision where nothing is decided positive) is not equal to itself."""
-    return json.dumps(result, sort_keys=True)
+    return to_json(dict(sorted(result.items())))
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def test_result_and_predictions_agree(trained, data):
     assert [e.number for e in seen] == list(range(1, 8))
     assert text(json.loads((unit.folder / "result.json").read_text())) == text(result) == text(unit.result())
     val = predictions(unit, "val")
-    threshold = tune_threshold(val["scores"], val["targets"], "accuracy")
+    threshold = tune_threshold(val["scores"], val["targets"], unit.recipe.threshold)
     for split in ("val", "test"):
         arrays, where = predictions(unit, split), data.splits[split]
         assert np.array_equal(arrays["where"], where) and np.array_equal(arrays["rows"], data.rows[where])

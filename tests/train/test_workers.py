@@ -35,11 +35,11 @@ COMPUTES = {
     "zero1": Compute(engine="deepspeed", zero_stage=1, compile=True),
     "zero2": Compute(engine="deepspeed", zero_stage=2),
 }
-_SGD, _HEAD_SGD = Optim("sgd", lr=2e-2, weight_decay=1e-2, clip=0.4), Optim("sgd", lr=5e-2, clip=0.05)
+_SGD, _HEAD_SGD = Optim("sgd", lr=2e-2, weight_decay=1e-2, clip=0.1), Optim("sgd", lr=5e-2, clip=0.02)
 RECIPES = {
-    "adamw": {"model.norm": "group", "supcon.optim": Optim(lr=1e-3, clip=0.4), "head.optim": Optim(lr=5e-3, clip=0.05)},
+    "adamw": {"model.norm": "group", "supcon.optim": Optim(lr=1e-3, clip=0.1), "head.optim": Optim(lr=5e-3, clip=0.02)},
     "sgd": {"model.norm": "group", "supcon.optim": _SGD, "head.optim": _HEAD_SGD},
-    "batchnorm": {"supcon.optim": Optim(lr=3e-4, clip=0.4), "head.optim": Optim(lr=5e-3, clip=0.05)},
+    "batchnorm": {"supcon.optim": Optim(lr=3e-4, clip=0.1), "head.optim": Optim(lr=5e-3, clip=0.02)},
 }
 """sgd shows a gradient of the wrong size, which Adam hides; its norm before clipping is compared too."""
 RUNS = {
