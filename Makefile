@@ -14,7 +14,7 @@ $(VENV)/.installed: pyproject.toml
 	touch $@
 
 demo: install  ## the main job on digital phantoms, with a local Ray
-	$(BIN)/python jobs/tune_asl.py --supcon.steps 500 --sweep.num-trials 16 $(ARGS)
+	$(BIN)/python jobs/tune_asl.py --supcon.steps 700 --sweep.num-trials 16 $(ARGS)
 
 test: install  ## what continuous integration runs
 	$(BIN)/ruff check raymed jobs tests
