@@ -82,9 +82,13 @@ class DataSet:
     fingerprint: str
     preprocess: Preprocess
     notes: list[str]
+    measured: bool
+    """Whether the normalisation was measured on the training split."""
     pixels_path: Path
     positions: np.ndarray
     """(N,) rows of the array at pixels_path."""
+    content: np.ndarray
+    """(N,) uint64, the first half of a hash of each image's pixels: tells images apart across manifests."""
 
     def __post_init__(self) -> None:
         self._pixels: np.ndarray = np.load(self.pixels_path, mmap_mode="r")
@@ -105,6 +109,17 @@ class DataSet:
         image = self._pixels[self.positions[indices]].transpose(0, 3, 1, 2)
         label, index = self.labels[indices], self.rows[indices]
         return Batch(torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(label), torch.from_numpy(index))
+
+    def with_splits(self, splits: dict[str, np.ndarray]) -> "DataSet":
+        """The same images split otherwise (name -> ascending indices), for cross-validation; means and deviations that
+        belong to the training split are measured again."""
+        digest = hashlib.sha256(self.fingerprint.encode())
+        for name in sorted(splits):
+            digest.update(name.encode() + self.content[splits[name]].tobytes())
+        data = replace(self, splits=splits, fingerprint=digest.hexdigest())
+        if self.measured:
+            data.preprocess = replace(data.preprocess, **_measure(data))
+        return data
 
     def summary(self) -> str:
         """Images by split and class, patients by split, fingerprint and notes, as text."""
@@ -201,10 +216,12 @@ def _data_set(table: pd.DataFrame, manifest: Manifest, preprocess: Preprocess, d
         fingerprint=_fingerprint(table),
         preprocess=replace(preprocess, size=decoded.size),
         notes=manifest.notes,
+        measured=preprocess.normalisation == "dataset" and (preprocess.mean is None or preprocess.std is None),
         pixels_path=decoded.path,
         positions=table["position"].to_numpy(np.int64),
+        content=np.array([int(found[:16], 16) for found in table["pixels"]], np.uint64),
     )
-    if preprocess.normalisation == "dataset" and (preprocess.mean is None or preprocess.std is None):
+    if data.measured:
         data.preprocess = replace(data.preprocess, **_measure(data))
     return data
 
