@@ -1,4 +1,4 @@
-"""Compare six ways to train on an imbalanced set: three losses, each alone and after a contrastive phase.
+"""Compare ways to train on an imbalanced set: every loss there is, alone and after a contrastive phase.
 
     python jobs/compare_losses.py                                        # digital HSG phantoms
     python jobs/compare_losses.py --data.manifest pneumoniamnist.npz --data.positive normal
@@ -18,7 +18,7 @@ from raymed.tasks.classifier import SUPCON, ClassifierRecipe
 from raymed.train.cluster import connected
 from raymed.train.compute import Compute
 from raymed.train.job import RunConfig, main, open_job
-from raymed.train.launch import encoder_units, flat, head_unit, run_side_by_side, single_unit
+from raymed.train.launch import announce, encoder_units, flat, head_unit, run_side_by_side, single_unit
 from raymed.train.results import report
 
 
@@ -36,7 +36,7 @@ class CompareLosses:
 
 
 def recipe() -> CompareLosses:
-    """The paper's six methods and three seeds."""
+    """Every loss, three seeds."""
     return CompareLosses()
 
 
@@ -48,7 +48,9 @@ def compare(config: CompareLosses) -> Path:
         heads = {
             SUPCON + loss: [head_unit(job, SUPCON + loss, encoder) for encoder in encoders] for loss in config.compared
         }
-        run_side_by_side(job, [[*encoders, *flat(single)], flat(heads)])
+        waves = [[*encoders, *flat(single)], flat(heads)]
+        announce(job, waves)
+        run_side_by_side(job, waves)
         return report(job, single | heads, baseline=config.compared[0])
 
 

@@ -2,10 +2,12 @@
 
     python jobs/tune_asl.py                                              # digital HSG phantoms
     python jobs/tune_asl.py --data.manifest pneumoniamnist.npz --data.positive normal
+    python jobs/tune_asl.py --nested.outer 5                             # nested cross-validation
     ray job submit --working-dir . -- python jobs/tune_asl.py            # on a cluster
 
-The encoder of each seed is trained once; Ray Tune (ASHA + Optuna) then trains a head a trial. The same command
-continues a sweep that was stopped.
+The encoder of each search seed is trained once; heads are trained a generation at a time and cut by ASHA. The best are
+trained again on fresh seeds beside the default: the report says whether the gain is above seed noise, and the winner is
+registered. The same command continues a sweep that was stopped.
 """
 
 from dataclasses import dataclass
@@ -14,11 +16,14 @@ from typing import Annotated
 
 import tyro
 
+from raymed.registry.config import RegisterConfig
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.cluster import connected
 from raymed.train.compute import Compute
 from raymed.train.job import RunConfig, main, open_job
-from raymed.tune.sweep import SweepConfig, run_sweep, search_space
+from raymed.tune.config import Finals, Nested, SweepConfig, check_sweep
+from raymed.tune.nested import run_nested
+from raymed.tune.sweep import run_sweep
 
 
 @dataclass(frozen=True)
@@ -27,13 +32,18 @@ class TuneAsl:
 
     recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")] = ClassifierRecipe()
     sweep: SweepConfig = SweepConfig()
-    seeds: tuple[int, ...] = (2023,)
-    """Every trial is trained with each of them, and scored by the mean."""
+    seeds: tuple[int, ...] = (2023, 2024, 2025)
+    """Of the search: every trial is trained with each of them, and scored by the mean."""
+    finals: Finals = Finals()
+    nested: Nested = Nested()
+    register: RegisterConfig = RegisterConfig()
+    foreign: tuple[str, ...] = ()
+    """Folders of images of other kinds: the model card says how well the model knows them for foreign."""
     compute: Compute = Compute()
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
 
     def __post_init__(self) -> None:
-        search_space(self.recipe, self.sweep)  # a range that cannot be is told before anything starts
+        check_sweep(self.recipe, self.sweep, self.seeds, self.finals)
 
 
 def recipe() -> TuneAsl:
@@ -42,9 +52,11 @@ def recipe() -> TuneAsl:
 
 
 def tune(config: TuneAsl) -> Path:
-    """Train the encoders, sweep the heads, report the best trial."""
+    """Encoders, search, finals, report, model; or a nested cross-validation of the search."""
     with open_job("tune_asl", config) as job, connected():
-        return run_sweep(job, config.sweep, config.seeds)
+        if config.nested.outer:
+            return run_nested(job, config.sweep, config.nested, config.seeds[0])
+        return run_sweep(job, config.sweep, config.seeds, config.finals, config.register, config.foreign)
 
 
 if __name__ == "__main__":

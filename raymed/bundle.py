@@ -1,28 +1,40 @@
-"""A bundle is what leaves training: weights as safetensors, everything else as JSON, every file with its hash.
+"""A bundle is what leaves training: tensors as safetensors, everything else as JSON, every file with its hash.
+
+    model.safetensors    the weights
+    extras.safetensors   further tensors, where there are any: what tells foreign images from known ones
+    bundle.json          everything else, and the sha256 of the other files
 
 Nothing in a bundle is ever unpickled. The task that made it knows how to use it; `kind` names that task's handler.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from raymed.config import UserError, to_json
 from raymed.storage import write_atomic
 
-FORMAT = 1
-_WEIGHTS, _JSON = "model.safetensors", "bundle.json"
+FORMAT = 2
+"""1: without contract, calibration, uncertain_band, ood, licences, intended_use and extras. It is still read."""
+NOT_STATED = "not stated"
+_JSON = "bundle.json"
+_TENSORS = {"weights": "model.safetensors", "extras": "extras.safetensors"}
 
 
 @dataclass
 class Bundle:
-    """A trained model with what is needed to use it, and only that.
+    """A trained model with what is needed to use it, and only that. All but the tensors is plain JSON.
 
-    kind: the handler, e.g. "classifier". weights: name -> tensor. model: architecture (JSON). preprocess: size, fit,
-    channels, normalisation (JSON). classes: class names by label value, and which is positive. operating_point:
-    threshold and how it was chosen. metrics, provenance (run, data fingerprint, versions), licences: JSON.
+    kind: the handler, e.g. "classifier". weights: name -> tensor. model: architecture. preprocess: size, fit, channels,
+    normalisation. classes: class names by label value, and which is positive. operating_point: threshold and how it was
+    chosen. metrics. provenance: run, data fingerprint, versions.
+
+    contract: what an input must be: modality, body part, size, channels, photometric interpretation, bits, views, file
+    kinds. calibration: from logit to probability. uncertain_band: the scores whose decision is not to be trusted. ood:
+    how a foreign input is recognised, with the statistics in extras. licences: {"weights": {"name", "source"}, "data":
+    {"name", "source"}}. intended_use: a text that only people can write; NOT_STATED until they do.
     """
 
     kind: str
@@ -33,31 +45,72 @@ class Bundle:
     operating_point: dict[str, Any] = field(default_factory=dict)
     metrics: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    contract: dict[str, Any] = field(default_factory=dict)
+    calibration: dict[str, Any] = field(default_factory=dict)
+    uncertain_band: dict[str, Any] = field(default_factory=dict)
+    ood: dict[str, Any] = field(default_factory=dict)
+    licences: dict[str, dict[str, str]] = field(default_factory=lambda: {"weights": _unknown(), "data": _unknown()})
+    intended_use: str = NOT_STATED
+    extras: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: Path) -> Path:
         """Write the bundle; an existing one in the folder is replaced file by file, the JSON last."""
         from safetensors.torch import save
 
         folder.mkdir(parents=True, exist_ok=True)
-        weights = save({name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.items()})
-        write_atomic(folder / _WEIGHTS, weights)
-        described = {name: value for name, value in vars(self).items() if name != "weights"}
-        described |= {"format": FORMAT, "sha256": {_WEIGHTS: hashlib.sha256(weights).hexdigest()}}
-        write_atomic(folder / _JSON, to_json(described))
+        hashes = {}
+        for name, file in _TENSORS.items():
+            if name == "extras" and not self.extras:
+                continue
+            tensors = getattr(self, name)
+            raw = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
+            write_atomic(folder / file, raw)
+            hashes[file] = hashlib.sha256(raw).hexdigest()
+        described = {name: value for name, value in vars(self).items() if name not in _TENSORS}
+        write_atomic(folder / _JSON, to_json(described | {"format": FORMAT, "sha256": hashes}))
+        if not self.extras:
+            (folder / _TENSORS["extras"]).unlink(missing_ok=True)  # of the bundle that was replaced
         return folder
 
     @classmethod
     def load(cls, folder: Path) -> "Bundle":
-        """Read a bundle. Raises UserError when a file is missing, its hash is wrong, or its format is newer."""
-        from safetensors.torch import load
-
-        for name in (_WEIGHTS, _JSON):
+        """Read a bundle. Raises UserError when a file is missing or damaged, or its format newer."""
+        for name in (_TENSORS["weights"], _JSON):
             if not (folder / name).is_file():
                 raise UserError(f"{folder} is not a bundle: {name} is missing")
-        described = json.loads((folder / _JSON).read_text())
-        if described.pop("format") > FORMAT:
-            raise UserError(f"{folder} was written by a newer raymed: this one reads bundles up to format {FORMAT}")
-        raw = (folder / _WEIGHTS).read_bytes()
-        if hashlib.sha256(raw).hexdigest() != described.pop("sha256")[_WEIGHTS]:
-            raise UserError(f"{folder / _WEIGHTS} is damaged: its sha256 is not the one in {_JSON}. Copy it again")
-        return cls(weights=load(raw), **described)
+        described, hashes = _read_json(folder / _JSON)
+        tensors = {name: _read_tensors(folder, file, hashes[file]) for name, file in _TENSORS.items() if file in hashes}
+        return cls(**tensors, **described)
+
+
+def _unknown() -> dict[str, str]:
+    return {"name": NOT_STATED, "source": NOT_STATED}
+
+
+def _read_json(path: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields of a bundle that are no tensors, and the hashes of its files."""
+    try:
+        described = json.loads(path.read_text())
+        format, hashes = int(described.pop("format")), described.pop("sha256")
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}). Copy it again") from error
+    if format > FORMAT:
+        raise UserError(f"{path.parent} was written by a newer raymed: this one reads bundles up to format {FORMAT}")
+    known = {f.name for f in fields(Bundle)} - set(_TENSORS)
+    required = {"kind", "model", "preprocess", "classes"}
+    if not required <= described.keys() <= known or _TENSORS["weights"] not in hashes:
+        wrong = ", ".join(sorted((required - described.keys()) | (described.keys() - known))) or "sha256"
+        raise UserError(f"{path} is damaged (missing or unknown: {wrong}). Copy it again")
+    return described, hashes
+
+
+def _read_tensors(folder: Path, file: str, sha256: str) -> dict[str, Any]:
+    from safetensors.torch import load
+
+    path = folder / file
+    if not path.is_file():
+        raise UserError(f"{folder} is not whole: {file} is missing. Copy it again")
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != sha256:
+        raise UserError(f"{path} is damaged: its sha256 is not the one in {_JSON}. Copy it again")
+    return load(raw)

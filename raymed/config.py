@@ -129,8 +129,17 @@ def to_json(value: Any) -> str:
 
 
 def config_hash(config: Any, exclude: Iterable[str] = ()) -> str:
-    """sha256 of the config's JSON with sorted keys, leaving out the named top-level fields."""
+    """sha256 of the config's JSON with sorted keys, leaving out the named top-level fields. 1 and 1.0 are alike."""
     values = to_dict(config)
     for name in exclude:
-        values.pop(name)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        values.pop(name, None)
+    return hashlib.sha256(json.dumps(_plain_numbers(values), sort_keys=True).encode()).hexdigest()
+
+
+def _plain_numbers(value: Any) -> Any:
+    """1.0 and 1 are one number, however they were written."""
+    if isinstance(value, dict):
+        return {name: _plain_numbers(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain_numbers(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -12,7 +12,7 @@ FLOORS = {
     "data": 1, "tracking": 1,
     "models": 2, "losses": 2, "explain": 2, "metrics": 2, "report": 2,
     "tasks": 3,
-    "train": 4,
+    "train": 4, "registry": 4,
     "tune": 5, "serve": 5, "doctor": 5,
 }  # fmt: skip
 PLAIN = {"config", "space", "bundle", "random", "models", "losses", "explain", "metrics", "report", "tasks"}

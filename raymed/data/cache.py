@@ -1,7 +1,7 @@
 """Decode once: all images as one memory-mapped array, kept for every later run and trial.
 
     decoded-KEY.npy   (N, size, size, C) uint8 or uint16
-    decoded-KEY.json  per image: sha256 of its decoded pixels, or why there are none
+    decoded-KEY.json  per image: height, width and sha256 of its decoded pixels, or why there are none
 
 KEY is a hash of where the images lie, the sizes and times of their files, and the preprocessing. Both files are written
 to temporary names and renamed, the JSON last, so several processes may do the same work at once.
@@ -13,11 +13,11 @@ import math
 import os
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,20 +26,22 @@ from raymed.data.preprocess import Preprocess
 from raymed.data.readers import ImageProblem, Source, content_hash
 from raymed.storage import write_atomic
 
-_FORMAT = 1  # counts up when the same sources and preprocessing give other files
-_QUIET = 1000  # images that are decoded without a progress bar
+_FORMAT = 2  # counts up when the same sources and preprocessing give other files
+_QUIET = 1000  # images that are read without a progress bar
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Decoded:
     """What is known of N images. path: the memory-mapped array; image i is its row i (zeros where unreadable).
 
-    hashes: sha256 of the pixels as read, before preprocessing; None where unreadable. problems: i -> why unreadable.
-    size: height and width of the array's images.
+    hashes: sha256 of the pixels as read, before preprocessing; None where unreadable. shapes: height and width as read,
+    () where unreadable. problems: i -> why unreadable. size: height and width of the array's images.
     """
 
     path: Path
     hashes: tuple[str | None, ...]
+    shapes: tuple[tuple[int, ...], ...]
     problems: dict[int, str]
     size: int
 
@@ -70,7 +72,15 @@ def decode(sources: Sequence[Source], preprocess: Preprocess, cache_dir: Path) -
         write_atomic(record, json.dumps(_decode_to(pixels, sources, preprocess)))
     found = json.loads(record.read_text())
     problems = {int(i): reason for i, reason in found["problems"].items()}
-    return Decoded(pixels, tuple(found["hashes"]), problems, found["size"])
+    return Decoded(pixels, tuple(found["hashes"]), tuple(map(tuple, found["shapes"])), problems, found["size"])
+
+
+def on_threads(one: Callable[[int], T], num: int, what: str) -> list[T]:
+    """[one(0), ..., one(num - 1)], several at once, with a progress bar called `what` where there are many."""
+    from rich.progress import track
+
+    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
+        return list(track(pool.map(one, range(num)), what, num, transient=True, disable=num < _QUIET))
 
 
 def _key(sources: Sequence[Source], preprocess: Preprocess) -> str:
@@ -94,7 +104,8 @@ def _decode_to(path: Path, sources: Sequence[Source], preprocess: Preprocess) ->
     finally:
         temporary.unlink(missing_ok=True)
     problems = {i: image.problem for i, image in enumerate(images) if image.problem}
-    return {"hashes": [image.hash for image in images], "problems": problems, "size": size}
+    hashes, shapes = [image.hash for image in images], [image.shape for image in images]
+    return {"hashes": hashes, "shapes": shapes, "problems": problems, "size": size}
 
 
 def _first_readable(sources: Sequence[Source], preprocess: Preprocess) -> _Image:
@@ -120,8 +131,6 @@ def _fill(
     path: Path, shape: tuple[int, int, int, int], bits: int, sources: Sequence[Source], preprocess: Preprocess
 ) -> list[_Image]:
     """Write the array and say what each image is. Images deeper than `bits` are left out, for another pass."""
-    from rich.progress import track
-
     _check_disk(path.parent, math.prod(shape) * bits // 8)
     out = np.lib.format.open_memmap(path, "w+", np.uint8 if bits == 8 else np.uint16, shape)
 
@@ -135,9 +144,7 @@ def _fill(
             out[i] = preprocess.to_array(pixels).astype(out.dtype) * (257 if image.bits < bits else 1)
         return image
 
-    num, quiet = len(sources), len(sources) < _QUIET
-    with ThreadPoolExecutor(min(32, os.cpu_count() or 1)) as pool:
-        images = list(track(pool.map(one, range(num)), "Decoding", num, transient=True, disable=quiet))
+    images = on_threads(one, len(sources), "Decoding")
     out.flush()
     return images
 

@@ -1,6 +1,6 @@
 """Manifest, images and split together: what training and evaluation see of the data.
 
-    read_manifest -> patients on one side -> decode once -> duplicates on one side -> DataSet -> Batch
+    read_manifest -> patients on one side -> decode once -> duplicates on one side -> DataSet -> Batch, regions
 
 Patients and cases are numbers here, in order of appearance; their identifiers go no further than the table.
 """
@@ -15,11 +15,14 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from raymed.config import UserError
 from raymed.data import splits
 from raymed.data.cache import Decoded, decode
 from raymed.data.manifest import SPLITS, DataConfig, Manifest, read_manifest
 from raymed.data.preprocess import Preprocess
 from raymed.data.problems import Problem, rows_text, settle
+from raymed.data.readers import ImageProblem
+from raymed.data.regions import Region, check_regions, load_regions
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,8 @@ class DataSet:
     classes: names of all classes. positive: the one to be found. labels: (N,) int64, 1 = positive. class_codes: (N,)
     int64, index into classes. patients: (N,) int64 codes; without patients in the manifest, every image counts as one
     (has_patients False). cases: codes, views and sides: text, or None. rows: (N,) int64 row numbers in the manifest,
-    from 1, ascending. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits.
+    from 1, ascending. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits;
+    masks and boxes do not count, since nothing is trained or scored with them.
     preprocess: with size, mean and std filled in. notes: what the user is to know, one line each.
     """
 
@@ -89,6 +93,8 @@ class DataSet:
     """(N,) rows of the array at pixels_path."""
     content: np.ndarray
     """(N,) uint64, the first half of a hash of each image's pixels: tells images apart across manifests."""
+    regions_path: Path | None = None
+    """Where masks and boxes are written down, in the order of the array; None where the manifest has neither."""
 
     def __post_init__(self) -> None:
         self._pixels: np.ndarray = np.load(self.pixels_path, mmap_mode="r")
@@ -109,6 +115,24 @@ class DataSet:
         image = self._pixels[self.positions[indices]].transpose(0, 3, 1, 2)
         label, index = self.labels[indices], self.rows[indices]
         return Batch(torch.from_numpy(np.ascontiguousarray(image)), torch.from_numpy(label), torch.from_numpy(index))
+
+    def regions(self, indices: np.ndarray) -> list[np.ndarray | None]:
+        """Where the finding lies in the images at `indices`, as the network sees them: (size, size) bool, by the mask
+        or else the boxes; None where neither is stated, or nothing of it is left (an empty mask, a lesion that `fit`
+        crops away). Masks are read now; UserError for one that has changed since `load` and cannot be used.
+        """
+        if self.regions_path is None:
+            return [None] * len(indices)
+        regions = load_regions(self.regions_path)
+        return [self._region(regions[self.positions[i]], int(self.rows[i])) for i in indices]
+
+    def _region(self, region: Region, row: int) -> np.ndarray | None:
+        try:
+            pixels = region.read()
+        except ImageProblem as problem:
+            raise UserError(f"row {row} of the manifest: {problem}") from problem
+        inside = None if pixels is None else self.preprocess.to_region(pixels)
+        return None if inside is None or not inside.any() else inside
 
     def with_splits(self, splits: dict[str, np.ndarray]) -> "DataSet":
         """The same images split otherwise (name -> ascending indices), for cross-validation; means and deviations that
@@ -141,8 +165,8 @@ def load(config: DataConfig, cache_dir: Path) -> DataSet:
 
     Raises:
         UserError: whatever `read_manifest` and `decode` raise; images that cannot be read; a patient in two of the
-            given splits; too few patients to split; a split without positives or without others. Rows are named, and
-            with `config.on_problem = "skip"` left out where that helps.
+            given splits; a mask or box that cannot be used; too few patients to split; a split without positives or
+            without others. Rows are named, and with `config.on_problem = "skip"` left out where that helps.
     """
     manifest = read_manifest(config)
     table, notes = manifest.table, manifest.notes
@@ -152,16 +176,31 @@ def load(config: DataConfig, cache_dir: Path) -> DataSet:
         table = settle(table, problems, config.on_problem, notes, advice)
     decoded = decode(list(table["source"]), config.preprocess, cache_dir)
     table = table.assign(position=range(len(table)), pixels=decoded.hashes)
-    table = settle(table, _unreadable(table, decoded), config.on_problem, notes)
+    regions_path, misplaced = _regions(table, decoded, cache_dir)
+    advice = ", leave the column unused (--data.mask '' or --data.box '')" * bool(misplaced)
+    table = settle(table, [*_unreadable(table, decoded), *misplaced], config.on_problem, notes, advice)
     table = _split(table, manifest.positive, config, notes)
     splits.check_filled(table, manifest.positive)
     notes += splits.duplicate_notes(table)
-    return _data_set(table, manifest, config.preprocess, decoded)
+    return _data_set(table, manifest, config.preprocess, decoded, regions_path)
 
 
 def _unreadable(table: pd.DataFrame, decoded: Decoded) -> list[Problem]:
     rows, images = table["row"].tolist(), table["image"].tolist()
     return [Problem(rows[i], "unreadable image", f"{images[i]}: {why}") for i, why in decoded.problems.items()]
+
+
+def _regions(table: pd.DataFrame, decoded: Decoded, cache_dir: Path) -> tuple[Path | None, list[Problem]]:
+    """The file of masks and boxes, in the order of the decoded images, and what is wrong with which."""
+    if "mask" not in table and "box" not in table:
+        return None, []
+    masks = table["mask"] if "mask" in table else [None] * len(table)
+    boxes = table["box"] if "box" in table else [()] * len(table)
+    parts = zip(decoded.shapes, masks, boxes, strict=True)
+    nothing = Region((), None, ())  # where there is no image to compare them with
+    path, problems = check_regions([Region(*part) if part[0] else nothing for part in parts], cache_dir)
+    rows = table["row"].tolist()
+    return path, [Problem(rows[i], "unusable mask or box", why) for i, why in problems.items()]
 
 
 def _split(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
@@ -199,7 +238,9 @@ def _note_patients(table: pd.DataFrame, notes: list[str]) -> None:
         notes.append(f"no patient is stated, each counts as one of its own: {rows_text(unknown)}")
 
 
-def _data_set(table: pd.DataFrame, manifest: Manifest, preprocess: Preprocess, decoded: Decoded) -> DataSet:
+def _data_set(
+    table: pd.DataFrame, manifest: Manifest, preprocess: Preprocess, decoded: Decoded, regions_path: Path | None
+) -> DataSet:
     split = table["split"].to_numpy()
     data = DataSet(
         classes=manifest.classes,
@@ -220,6 +261,7 @@ def _data_set(table: pd.DataFrame, manifest: Manifest, preprocess: Preprocess, d
         pixels_path=decoded.path,
         positions=table["position"].to_numpy(np.int64),
         content=np.array([int(found[:16], 16) for found in table["pixels"]], np.uint64),
+        regions_path=regions_path,
     )
     if data.measured:
         data.preprocess = replace(data.preprocess, **_measure(data))

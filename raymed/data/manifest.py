@@ -20,12 +20,14 @@ from raymed.data.medmnist import read_archive
 from raymed.data.preprocess import Preprocess
 from raymed.data.problems import Problem, settle
 from raymed.data.readers import ImageFile, Source
+from raymed.data.regions import BOX_FORMAT, parse_boxes
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation"), "val"
 )
-_OPTIONAL = ("patient", "case", "view", "side", "frame", "split")
+_OPTIONAL = ("patient", "case", "view", "side", "frame", "split", "mask", "box")
+_OTHER_NAMES = {"patient": ("patientid",), "box": ("boxes",)}
 _PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|dcm|dicom|nii(\.gz)?)$", re.IGNORECASE)
 
 
@@ -54,6 +56,13 @@ class DataConfig:
     that name; "" = not used."""
     split: str | None = None
     """Column with train, val or test; None = a column of that name; "" = split afresh."""
+    mask: str | None = None
+    """Column with the path of an image of the image's own size, not 0 (black) where the finding lies, for the report on
+    where the network looks; an empty cell = none; None = a column of that name; "" = not used."""
+    box: str | None = None
+    """Column with boxes around the finding, used where there is no mask: "x0 y0 x1 y1" in pixels of the image, from its
+    top left corner, several separated by ";"; an empty cell = none; None = a column called box or boxes; "" = not
+    used."""
     positive: str | None = None
     """The class to be found, against all others. It must be stated."""
     classes: tuple[str, ...] = ()
@@ -68,6 +77,14 @@ class DataConfig:
     """Another number gives another split."""
     deidentified: bool = False
     """The images are known to show nobody's identity, and may be logged."""
+    modality: str = "not stated"
+    """How the images were taken (CR, US, HSG, ...), for the model's card."""
+    body_part: str = "not stated"
+    """What they show, for the model's card."""
+    licence: str = "not stated"
+    """Terms under which the images may be used, for the model's card."""
+    source: str = "not stated"
+    """Where the images come from and how to cite them, for the model's card."""
     preprocess: Preprocess = Preprocess()
     """From pixels to the network's input."""
 
@@ -86,7 +103,8 @@ class Manifest:
     """A manifest that has been read and checked, but for its images.
 
     table: row (from 1), image (as in the file), source (`readers.Source`), label (name of the class); of patient, case,
-    view, side, split (train, val, test) those there are. classes: in the order of `DataConfig.classes`, else sorted.
+    view, side, split (train, val, test), mask (`readers.ImageFile` or None), box (a tuple of boxes, see
+    `regions.parse_boxes`) those there are. classes: in the order of `DataConfig.classes`, else sorted.
     notes: what the user is to know.
     """
 
@@ -112,7 +130,7 @@ def read_manifest(config: DataConfig) -> Manifest:
     problems = [*_cell_problems(table, names, config), *_split_problems(table)]
     good = settle(table, problems, config.on_problem, notes)
     root = Path(config.root).expanduser() if config.root else path.parent
-    table = _normal_form(good, [sources[row - 1] for row in good["row"]] if sources else _files(good, root))
+    table = _normal_form(good, root, [sources[row - 1] for row in good["row"]] if sources else None)
     table = settle(table, _duplicate_rows(table), config.on_problem, notes)
     classes = names or tuple(sorted(set(table["label"])))
     _check_classes(table, classes, config, notes)
@@ -131,14 +149,14 @@ def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str
         return read_archive(path, classes)
     check_choice("data.manifest: the file's ending", path.suffix.lower(), (".csv", ".tsv", ".parquet", ".npz"))
     try:
-        return _read_table(path), classes, ()
+        return read_table(path), classes, ()
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} is empty: a header and one row an image are expected") from error
     except (ValueError, OSError) as error:  # includes pandas' ParserError, pyarrow's ArrowInvalid, wrong encodings
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
 
 
-def _read_table(path: Path) -> pd.DataFrame:
+def read_table(path: Path) -> pd.DataFrame:
     if path.suffix.lower() == ".parquet":
         # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
         table = pd.read_parquet(path).convert_dtypes()
@@ -162,6 +180,8 @@ def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Path, notes: list[
             columns[field] = found
             if path.suffix != ".npz":
                 notes.append(f"{field}: column {found!r}, by its name (--data.{field} '' to leave it unused)")
+    if "mask" in columns and "box" in columns:
+        notes.append("box has no effect where there is a mask")
     table = pd.DataFrame({field: raw[name] for field, name in columns.items()})
     table["row"] = range(1, len(table) + 1)
     return table
@@ -180,7 +200,7 @@ def _required_column(raw: pd.DataFrame, field: str, name: str, path: Path) -> st
 
 
 def _column_called(raw: pd.DataFrame, field: str) -> str | None:
-    names = (field, "patientid") if field == "patient" else (field,)
+    names = (field, *_OTHER_NAMES.get(field, ()))
     return next((column for column in raw.columns if re.sub(r"[\s_-]", "", column).casefold() in names), None)
 
 
@@ -196,6 +216,10 @@ def _cell_problems(table: pd.DataFrame, names: tuple[str, ...], config: DataConf
         for row, frame in zip(table["row"], table["frame"], strict=True):
             if frame and not (frame.isdecimal() and int(frame) >= 1):
                 yield Problem(row, "no frame number", f"the frame {frame!r} is no whole number from 1")
+    if "box" in table:
+        for row, text in zip(table["row"], table["box"], strict=True):
+            if parse_boxes(text) is None:
+                yield Problem(row, "no box", f"the box {text!r} is not {BOX_FORMAT}")
 
 
 def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
@@ -206,17 +230,23 @@ def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
                 yield Problem(row, "unknown split", text)
 
 
-def _files(table: pd.DataFrame, root: Path) -> list[ImageFile]:
+def _files(table: pd.DataFrame, column: str, root: Path) -> list[ImageFile | None]:
     frames = table["frame"] if "frame" in table else [""] * len(table)
-    return [ImageFile(root / i, int(f) if f else None) for i, f in zip(table["image"], frames, strict=True)]
+    names = zip(table[column], frames, strict=True)
+    return [ImageFile(root / name, int(frame) if frame else None) if name else None for name, frame in names]
 
 
-def _normal_form(table: pd.DataFrame, sources: Sequence[Source]) -> pd.DataFrame:
-    """Splits under their one name, and a source for every image."""
-    table = table.assign(source=pd.Series(list(sources), index=table.index, dtype=object))
+def _normal_form(table: pd.DataFrame, root: Path, sources: Sequence[Source] | None) -> pd.DataFrame:
+    """Splits under their one name, a source for every image, and what masks and boxes there are."""
+    columns: dict[str, Sequence] = {"source": sources or _files(table, "image", root)}
+    if "mask" in table:
+        columns["mask"] = _files(table, "mask", root)
+    if "box" in table:
+        columns["box"] = [parse_boxes(text) for text in table["box"]]
     if "split" in table:
-        table["split"] = [_SPLIT_NAMES[name.casefold()] for name in table["split"]]
-    return table
+        columns["split"] = [_SPLIT_NAMES[name.casefold()] for name in table["split"]]
+    # As objects: a column of None and files, or of tuples, is taken for something else.
+    return table.assign(**{n: pd.Series(list(v), index=table.index, dtype=object) for n, v in columns.items()})
 
 
 def _duplicate_rows(table: pd.DataFrame) -> Iterator[Problem]:

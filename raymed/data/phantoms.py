@@ -24,8 +24,9 @@ from raymed.config import UserError, check_choice, check_range
 VIEWS = ("early", "late")
 SIDES = ("left", "right")
 
-_VERSION = 1  # counts up when the same parameters give other images
+_VERSION = 2  # counts up when the same parameters give another set
 _FILES = {"images", "manifest.csv", "phantoms.json"}
+_AROUND_TUBE, _AROUND_END = 0.08, 0.2  # how far the finding reaches, in body coordinates
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class _Tube:
     radius: np.ndarray  # (P,)
     spill: np.ndarray  # (S, 3): x, y, radius of the soft balls that make up the plume; no rows where occluded
     end: np.ndarray  # (2,): where the plume starts, or would
+    blocked: np.ndarray  # (Q, 2): the course from the block, or the sac, to the fimbrial end; no rows where patent
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class _Anatomy:
 
 def hsg(
     patient: int, view: str = "early", side: str = "none", *, seed: int = 0, size: int = 96
-) -> tuple[np.ndarray, dict[str, tuple[float, float]]]:
+) -> tuple[np.ndarray, dict[str, tuple[float, float]], tuple[float, ...] | None]:
     """One image of one patient.
 
     Args:
@@ -61,7 +63,9 @@ def hsg(
 
     Returns:
         image (size, size) uint8, and {"left": (x, y), "right": (x, y)}: the pixel where each tube's fimbrial end lies,
-        that is where a plume starts if the tube is patent. The same points are returned for an occluded tube.
+        that is where a plume starts if the tube is patent. The same points are returned for an occluded tube. Last,
+        the box (x0, y0, x1, y1) of the finding, in pixels from the top left corner of the image, or None: the tube from
+        its block or sac to its fimbrial end, and the surroundings of that end, where nothing spills.
     """
     check_choice("view", view, VIEWS)
     check_choice("side", side, (*SIDES, "none"))
@@ -74,20 +78,35 @@ def hsg(
     pixels = np.stack(np.meshgrid(axis, axis), -1)
     body = ((pixels - shift) @ turn / scale).reshape(-1, 2)
     attenuation = _attenuation(anatomy, body, view, rng, pixel=2 / size).reshape(size, size)
-    ends = [((tube.end * scale) @ turn.T + shift + 1) * size / 2 - 0.5 for tube in anatomy.tubes]
-    return _expose(attenuation, pixels, rng), {s: (float(x), float(y)) for s, (x, y) in zip(SIDES, ends, strict=True)}
+
+    def in_image(points: np.ndarray) -> np.ndarray:
+        return ((points * scale) @ turn.T + shift + 1) * size / 2
+
+    ends = {s: in_image(tube.end) - 0.5 for s, tube in zip(SIDES, anatomy.tubes, strict=True)}
+    box = None
+    if side != "none":
+        tube = anatomy.tubes[SIDES.index(side)]
+        reach = np.append(np.full(len(tube.blocked), _AROUND_TUBE), _AROUND_END) * scale * size / 2
+        box = _enclose(in_image(np.vstack([tube.blocked, tube.end])), reach[:, None], size)
+    return _expose(attenuation, pixels, rng), {s: (float(x), float(y)) for s, (x, y) in ends.items()}, box
+
+
+def _enclose(points: np.ndarray, reach: np.ndarray, size: int) -> tuple[float, ...]:
+    """The box around discs at the points (Q, 2) with radii (Q, 1), within the image."""
+    corners = np.concatenate([(points - reach).min(0), (points + reach).max(0)])
+    return tuple(corners.clip(0, size).round(1).tolist())
 
 
 def write_hsg(folder: Path, num_patients: int = 240, seed: int = 0, size: int = 96, prevalence: float = 0.25) -> Path:
     """Write a set of HSG phantoms; two images a patient. Returns the path of its manifest.csv.
 
     Columns: patient, case, view (early, late), label ("occluded" or "patent", the same for both images of a patient),
-    side (of the occlusion, in image coordinates: left, right, none), image (path relative to the manifest), and
-    left_x, left_y, right_x, right_y (pixel of each fimbrial end, see `hsg`). round(prevalence * num_patients) patients
-    are occluded, on exactly one side, half of them left.
+    side (of the occlusion, in image coordinates: left, right, none), image (path relative to the manifest), box (of the
+    occlusion, empty where patent, see `hsg`), and left_x, left_y, right_x, right_y (pixel of each fimbrial end, see
+    `hsg`). round(prevalence * num_patients) patients are occluded, on exactly one side, half of them left.
 
     The same arguments give the same bytes. A complete folder of the same arguments is kept as it is; one that is only
-    half there is written again.
+    half there, or was written by another version of this module, is written again.
 
     Raises:
         UserError: an argument is out of range, or the folder holds something else.
@@ -130,13 +149,13 @@ def _write(folder: Path, parameters: dict) -> None:
     rows = []
     for patient, side in enumerate(_sides(num_patients, seed, parameters["prevalence"])):
         for view in VIEWS:
-            image, ends = hsg(patient, view, side, seed=seed, size=size)
+            image, ends, box = hsg(patient, view, side, seed=seed, size=size)
             name = f"images/P{patient:04d}_{view}.png"
             Image.fromarray(image).save(folder / name)
             label = "patent" if side == "none" else "occluded"
             row = {"patient": f"P{patient:04d}", "case": f"C{patient:04d}", "view": view, "label": label, "side": side}
             points = {f"{s}_{axis}": round(value, 2) for s in SIDES for axis, value in zip("xy", ends[s], strict=True)}
-            rows.append(row | {"image": name} | points)
+            rows.append(row | {"image": name, "box": " ".join(map(str, box or ()))} | points)
     pd.DataFrame(rows).to_csv(folder / "manifest.csv", index=False)
     (folder / "phantoms.json").write_text(json.dumps(parameters))
 
@@ -155,10 +174,10 @@ def _is_complete(folder: Path, parameters: dict) -> bool:
 
 
 def _check_ours(folder: Path, parameters: dict) -> None:
-    """Only what this module wrote, with the same parameters, is ever replaced."""
+    """Only what this module wrote, in any version and with the same parameters, is ever replaced."""
     if folder.is_file() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FILES):
         raise UserError(f"{folder} holds other files; give the phantoms a folder of their own")
-    if _parameters_of(folder) not in (None, parameters):
+    if (_parameters_of(folder) or parameters) | {"version": _VERSION} != parameters:
         raise UserError(f"{folder} holds phantoms of other parameters; give another folder, or delete this one")
 
 
@@ -194,7 +213,8 @@ def _draw_anatomy(rng: Generator, side: str) -> _Anatomy:
     volumes = {"none": (volume * share, volume * (1 - share)), "left": (0, 0.75 * volume), "right": (0.75 * volume, 0)}
     cornu = np.array([cavity["half_width"], cavity["top"] + cavity["fundus"] + 0.01])
     left, right = (_draw_tube(rng, cornu, spilled) for spilled in volumes[side])
-    left = _Tube(left.path * [-1, 1], left.radius, left.spill * [-1, 1, 1], left.end * [-1, 1])
+    mirror = [-1, 1]
+    left = _Tube(left.path * mirror, left.radius, left.spill * [-1, 1, 1], left.end * mirror, left.blocked * mirror)
     return _Anatomy((left, right), cavity, bones, _draw_blobs(rng, (left.end, right.end)), texture)
 
 
@@ -207,13 +227,13 @@ def _draw_tube(rng: Generator, cornu: np.ndarray, volume: float) -> _Tube:
     cut, has_sac = rng.uniform(0.25, 0.85), rng.random() < 0.45
     sac, sac_start, tip = rng.uniform(0.05, 0.085), rng.uniform(0.35, 0.6), rng.uniform(0.032, 0.052)
     if volume > 0:
-        return _Tube(path, radius, spill, path[-1])
+        return _Tube(path, radius, spill, path[-1], path[:0])
     if has_sac:  # blocked at its far end and dilated: hydrosalpinx
         radius = radius + sac * np.sin(np.pi * np.clip((t - sac_start) / (1.08 - sac_start), 0, 1)) ** 0.8
-        return _Tube(path, radius, spill[:0], path[-1])
+        return _Tube(path, radius, spill[:0], path[-1], path[t >= sac_start])
     filled = t <= cut  # blocked on the way, with a club-shaped tip
     club = tip * np.clip(1 - (cut - t[filled]) / 0.2, 0, 1) ** 0.7
-    return _Tube(path[filled], radius[filled] + club, spill[:0], path[-1])
+    return _Tube(path[filled], radius[filled] + club, spill[:0], path[-1], path[~filled])
 
 
 def _draw_path(rng: Generator, t: np.ndarray, cornu: np.ndarray) -> np.ndarray:

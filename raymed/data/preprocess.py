@@ -1,5 +1,6 @@
 """Pixels of any size and depth -> what the network sees. The same object is used in training and by a served model."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -52,7 +53,17 @@ class Preprocess:
 
         Resampling is bilinear and antialiased.
         """
-        planes = _planes(pixels, self.channels)
+        return self._fit(_planes(pixels, self.channels), _resize)
+
+    def to_region(self, mask: np.ndarray) -> np.ndarray:
+        """(H, W) bool, a part of an image -> (size, size) bool, the same part of what `to_array` makes of that image.
+
+        Nearest neighbour: a part smaller than a pixel of the result may vanish.
+        """
+        return self._fit(mask[..., None], _nearest)[..., 0]
+
+    def _fit(self, planes: np.ndarray, resize: Callable[[np.ndarray, int, int], np.ndarray]) -> np.ndarray:
+        """(H, W, C) -> (size, size, C) as `fit` says."""
         if self.size is None or planes.shape[:2] == (self.size, self.size):
             return planes
         if self.fit == "crop":
@@ -62,9 +73,9 @@ class Preprocess:
         target = (self.size, self.size)
         if self.fit == "letterbox":
             target = (max(1, round(height * scale)), max(1, round(width * scale)))
-        resized = _resize(planes, *target)
+        resized = resize(planes, *target)
         top, left = (self.size - target[0]) // 2, (self.size - target[1]) // 2
-        out = np.zeros((self.size, self.size, self.channels), pixels.dtype)
+        out = np.zeros((self.size, self.size, planes.shape[2]), planes.dtype)
         out[top : top + target[0], left : left + target[1]] = resized
         return out
 
@@ -107,3 +118,10 @@ def _resize(planes: np.ndarray, height: int, width: int) -> np.ndarray:
 
     resized = np.stack([one(planes[..., c]) for c in range(planes.shape[2])], axis=2)
     return np.round(resized).clip(0, np.iinfo(planes.dtype).max).astype(planes.dtype)
+
+
+def _nearest(planes: np.ndarray, height: int, width: int) -> np.ndarray:
+    def middles(old: int, new: int) -> np.ndarray:
+        return ((np.arange(new) + 0.5) * old / new).astype(int)
+
+    return planes[middles(planes.shape[0], height)[:, None], middles(planes.shape[1], width)]

@@ -73,15 +73,31 @@ def read(path: str | Path, frame: int | None = None, window: Window | None = Non
         ImageProblem: missing, empty, truncated, not an image, NaN, one value everywhere, no such frame, no pixels, a
             transfer syntax that cannot be decoded.
     """
+    return check_varies(_decoded(Path(path), frame, window))
+
+
+def read_mask(path: str | Path, frame: int | None = None) -> np.ndarray:
+    """Decode a mask: (H, W) bool, True where the value is not the lowest possible one (of several labels, any).
+
+    Formats and `frame` as of `read`; a PNG holds one picture, whatever the frame of its image. Raises ImageProblem as
+    `read` does, but one value everywhere is fine; a JPEG is none, since its values are not those that were drawn.
+    """
     path = Path(path)
+    kind = _head(path)[:4]
+    if kind.startswith(b"\xff\xd8"):
+        raise ImageProblem("a JPEG blurs the borders of a mask: store it as PNG")
+    pixels = _decoded(path, None if kind == b"\x89PNG" else frame, None)
+    return pixels.reshape(*pixels.shape[:2], -1).max(axis=2) > 0
+
+
+def _decoded(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
     decode = _decoder(path)
     try:
-        pixels = decode(path, frame, window)
+        return decode(path, frame, window)
     except ImageProblem:
         raise
     except Exception as error:  # decoders raise anything at all on damaged files
         raise ImageProblem(_reason(error)) from error
-    return check_varies(pixels)
 
 
 def check_varies(pixels: np.ndarray) -> np.ndarray:
@@ -97,7 +113,7 @@ def content_hash(pixels: np.ndarray) -> str:
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
 
 
-def _decoder(path: Path) -> Callable[[Path, int | None, Window | None], np.ndarray]:
+def _head(path: Path) -> bytes:
     if path.is_dir():
         raise ImageProblem("is a folder")
     if not path.is_file():
@@ -106,6 +122,11 @@ def _decoder(path: Path) -> Callable[[Path, int | None, Window | None], np.ndarr
         head = file.read(132)
     if not head:
         raise ImageProblem("the file is empty (0 bytes)")
+    return head
+
+
+def _decoder(path: Path) -> Callable[[Path, int | None, Window | None], np.ndarray]:
+    head = _head(path)
     if head[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
         return _read_dicom
     return _read_nifti if path.name.lower().endswith((".nii", ".nii.gz")) else _read_picture

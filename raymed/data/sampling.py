@@ -3,6 +3,7 @@
 A sampler is an endless stream of shuffled epochs, cut into batches; nothing is dropped at the end of an epoch.
 """
 
+import functools
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,21 +52,29 @@ class BalancedSampler:
 
     def indices(self, step: int) -> np.ndarray:
         """(batch_size,) elements of `rows` for a step, from 0, in random order."""
-        classes = np.unique(self.labels)
-        size = self.batch_size // len(classes)
+        size = self.batch_size // len(self._by_class)
         parts = [
-            _window(self.rows[self.labels == name], step * size, size, self.seed, stream)
-            for stream, name in enumerate(classes, start=1)
+            _window(rows, step * size, size, self.seed, stream) for stream, rows in enumerate(self._by_class, start=1)
         ]
         return _generator(self.seed, step, 0).permutation(np.concatenate(parts))
+
+    @functools.cached_property
+    def _by_class(self) -> list[np.ndarray]:
+        return [self.rows[self.labels == name] for name in np.unique(self.labels)]
 
 
 def _window(rows: np.ndarray, start: int, size: int, seed: int, stream: int) -> np.ndarray:
     """Elements start, ..., start + size - 1 of the endless stream of shuffled epochs."""
     first, last = start // len(rows), (start + size - 1) // len(rows)
-    epochs = [_generator(seed, epoch, stream).permutation(rows) for epoch in range(first, last + 1)]
+    epochs = [_epoch(len(rows), seed, epoch, stream) for epoch in range(first, last + 1)]
     offset = start - first * len(rows)
-    return np.concatenate(epochs)[offset : offset + size]
+    return rows[np.concatenate(epochs)[offset : offset + size]]
+
+
+@functools.lru_cache(maxsize=16)
+def _epoch(length: int, seed: int, epoch: int, stream: int) -> np.ndarray:
+    """The order of one epoch, which many steps share."""
+    return _generator(seed, epoch, stream).permutation(length)
 
 
 def _generator(seed: int, counter: int, stream: int) -> np.random.Generator:

@@ -16,6 +16,7 @@ from raymed.losses.asymmetric import AsymmetricLoss
 from raymed.losses.asymmetric_softmax import AsymmetricSoftmaxLoss
 from raymed.losses.cross_entropy import CrossEntropyLoss
 from raymed.losses.focal import ClassBalancedFocalLoss, FocalLoss
+from raymed.losses.poly import PolyLoss
 from raymed.losses.supcon import SupConLoss
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "ClassBalancedFocalLoss",
     "CrossEntropyLoss",
     "FocalLoss",
+    "PolyLoss",
     "SupConLoss",
 ]
 

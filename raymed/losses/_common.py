@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from raymed.config import check_choice
@@ -52,4 +53,5 @@ def power(base: Tensor, gamma: float | Tensor) -> Tensor:
     The slope of base ** gamma at 0 is infinite for gamma < 1, and infinity times the zero that follows is NaN; so the
     base stops at the smallest normal number of its dtype, and below that has no gradient.
     """
-    return base.clamp(min=torch.finfo(base.dtype).tiny) ** gamma
+    tiny = torch.finfo(base.dtype).tiny
+    return F.threshold(base, tiny, tiny) ** gamma

@@ -3,7 +3,6 @@
 Source: Ridnik et al., "Asymmetric Loss For Multi-Label Classification", ICCV 2021, eq. 2 to 7.
 """
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -70,13 +69,14 @@ class AsymmetricLoss:
     def __call__(self, logits: Tensor, targets: Tensor) -> Tensor:
         targets = expand_targets(targets, logits)
         clip = torch.as_tensor(self.clip, dtype=logits.dtype, device=logits.device)
-        log_p = F.logsigmoid(logits)
+        log_p, log_not_p = F.logsigmoid(logits), F.logsigmoid(-logits)
         # log(1 - p_m) = min(log(1 - p + clip), 0), without the digits that 1 - p loses when p is near 1.
-        log_not_pm = torch.logaddexp(F.logsigmoid(-logits), clip.log()).clamp(max=0)
+        log_not_pm = -F.relu(-torch.logaddexp(log_not_p, clip.log()))
+        weight_pos = torch.exp(self.gamma_pos * log_not_p)
         if self.clamp is not None:
-            log_p, log_not_pm = (log.clamp(min=math.log(self.clamp)) for log in (log_p, log_not_pm))
+            lowest = torch.as_tensor(self.clamp, dtype=logits.dtype, device=logits.device).log()
+            log_p, log_not_pm = (torch.maximum(log, lowest) for log in (log_p, log_not_pm))
 
-        weight_pos = power(torch.sigmoid(-logits), self.gamma_pos)
         weight_neg = power(torch.sigmoid(logits) - clip, self.gamma_neg)
         if self.detach_weight:
             weight_pos, weight_neg = weight_pos.detach(), weight_neg.detach()

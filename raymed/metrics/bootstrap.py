@@ -62,16 +62,16 @@ def bootstrap_ci(
     drawn_seeds = random.integers(len(sizes), size=(n_boot, len(sizes)))
     chunk = max(1, CHUNK // max(len(patients), *sizes))
     resampled = [
-        _evaluate(statistics, rows, _draw_counts(random, min(chunk, n_boot - start), len(patients)))
+        evaluate_counts(statistics, rows, draw_counts(random, min(chunk, n_boot - start), len(patients)))
         for start in range(0, n_boot, chunk)
     ]
-    observed = _evaluate(statistics, rows, np.ones((1, len(patients))))
+    observed = evaluate_counts(statistics, rows, np.ones((1, len(patients))))
     num_patients = len(patients) if unit == "patient" else None
     figures = {}
     for name, (per_seed,) in observed.items():
         values = np.concatenate([part[name] for part in resampled])
         values = np.take_along_axis(values, drawn_seeds, axis=1).mean(axis=1)
-        figures[name] = _figure(per_seed, values, level) | {"num_patients": num_patients, "unit": unit}
+        figures[name] = figure_of(per_seed, values, level) | {"num_patients": num_patients, "unit": unit}
     return figures
 
 
@@ -96,16 +96,16 @@ def paired_bootstrap_difference(
 
 def summarise_seeds(predictions: Sequence[Prediction], **options) -> dict[str, Figure]:
     """Figures of `binary_metrics` (less the threshold) over seeds. Options: n_boot, seed, level of `bootstrap_ci`."""
-    groups, unit = _groups(predictions)
-    return bootstrap_ci(_statistics(predictions), groups, unit=unit, **options)
+    groups, unit = groups_of(predictions)
+    return bootstrap_ci(statistics_of(predictions), groups, unit=unit, **options)
 
 
 def summarise_difference(
     predictions: Sequence[Prediction], baseline: Sequence[Prediction], **options
 ) -> dict[str, Figure]:
     """Figures of how much higher each metric is than the baseline's; seed s of both over the same rows, in order."""
-    groups, unit = _groups(predictions)
-    statistics = _statistics(predictions), _statistics(baseline)
+    groups, unit = groups_of(predictions)
+    statistics = statistics_of(predictions), statistics_of(baseline)
     return paired_bootstrap_difference(*statistics, groups, unit=unit, **options)
 
 
@@ -115,11 +115,11 @@ def mean_statistic(name: str, values: np.ndarray) -> Statistic:
     return lambda counts: {name: np.einsum("rn,n->r", counts, values) / counts.sum(axis=1)}
 
 
-def _statistics(predictions: Sequence[Prediction]) -> list[Statistic]:
+def statistics_of(predictions: Sequence[Prediction]) -> list[Statistic]:
     return [binary_statistic(scores, targets, threshold) for scores, targets, _, threshold in predictions]
 
 
-def _groups(predictions: Sequence[Prediction]) -> tuple[list[np.ndarray], Literal["patient", "image"]]:
+def groups_of(predictions: Sequence[Prediction]) -> tuple[list[np.ndarray], Literal["patient", "image"]]:
     """Patients of each seed's rows; without them, row i of every seed is taken for the same image."""
     patients = [patients for _, _, patients, _ in predictions if patients is not None]
     if len(patients) == len(predictions):
@@ -127,7 +127,7 @@ def _groups(predictions: Sequence[Prediction]) -> tuple[list[np.ndarray], Litera
     return [np.arange(len(scores)) for scores, *_ in predictions], "image"
 
 
-def _draw_counts(random: np.random.Generator, num_resamples: int, num_patients: int) -> np.ndarray:
+def draw_counts(random: np.random.Generator, num_resamples: int, num_patients: int) -> np.ndarray:
     """(R, P): how often each patient is among P draws with replacement."""
     drawn = random.integers(num_patients, size=(num_resamples, num_patients))
     drawn += num_patients * np.arange(num_resamples)[:, None]
@@ -135,7 +135,9 @@ def _draw_counts(random: np.random.Generator, num_resamples: int, num_patients: 
     return counts.reshape(num_resamples, num_patients).astype(np.float64)
 
 
-def _evaluate(statistics: Sequence[Statistic], rows: list[np.ndarray], counts: np.ndarray) -> dict[str, np.ndarray]:
+def evaluate_counts(
+    statistics: Sequence[Statistic], rows: list[np.ndarray], counts: np.ndarray
+) -> dict[str, np.ndarray]:
     """{metric: (R, S)} of patient counts (R, P); rows[s] is the patient of each row of seed s."""
     per_seed = [
         statistic(np.take(counts, patient_of_row, axis=1))
@@ -144,7 +146,7 @@ def _evaluate(statistics: Sequence[Statistic], rows: list[np.ndarray], counts: n
     return {name: np.stack([metrics[name] for metrics in per_seed], axis=1) for name in per_seed[0]}
 
 
-def _figure(per_seed: np.ndarray, resampled: np.ndarray, level: float) -> dict:
+def figure_of(per_seed: np.ndarray, resampled: np.ndarray, level: float) -> dict:
     defined = resampled[~np.isnan(resampled)]
     tails = [(1 - level) / 2, (1 + level) / 2]
     ci_low, ci_high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)

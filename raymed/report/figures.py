@@ -1,4 +1,5 @@
-"""Figures of an evaluation: PR and ROC curves, reliability, class activation maps, sweeps, training curves.
+"""Figures of an evaluation: PR and ROC curves, reliability, confusion matrices, differences, class activation maps,
+sweeps, training curves.
 
 Curves are given as {name: [(scores (N,), targets (N,)) of each seed]} and their figures as in summary.json,
 {name: {metric: {mean, ci_low, ci_high, ...}}}, so that a legend says what the summary says. Paths end in .png.
@@ -7,7 +8,7 @@ Curves are given as {name: [(scores (N,), targets (N,)) of each seed]} and their
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,14 +34,18 @@ def pr_roc(path: Path, curves: Curves, figures: Figures) -> None:
     """
     with figure(path, 8, 4.4 + 0.18 * len(curves)) as drawn:
         left, right = drawn.subplots(1, 2)
+        zoomed = [_zoomed(axes, figures, metric) for axes, metric in ((left, "auprc"), (right, "auroc"))]
         for position, (name, seeds) in enumerate(curves.items()):
-            _mean_and_band(left, [_precision_at(GRID, *seed) for seed in seeds], colour(position))
-            _mean_and_band(right, [_sensitivity_at(GRID, *seed) for seed in seeds], colour(position))
+            for axes, inset, curve in ((left, zoomed[0], _precision_at), (right, zoomed[1], _sensitivity_at)):
+                drawn_curves = [curve(GRID, *seed) for seed in seeds]
+                for panel in (axes, inset) if inset else (axes,):
+                    _mean_and_band(panel, drawn_curves, colour(position))
             left.lines[-1].set_label(f"{_with_interval('AP', figures[name]['auprc'])}  {name}")
             right.lines[-1].set_label(f"{_with_interval('AUROC', figures[name]['auroc'])}  {name}")
         prevalence = np.mean([np.mean(targets) for seeds in curves.values() for _, targets in seeds])
         left.axhline(prevalence, color=GREY, linestyle=":", linewidth=1.2)
-        left.text(0.02, prevalence + 0.01, f"prevalence {prevalence:.2f}", color=GREY)
+        at, side = (0.97, "right") if zoomed[0] else (0.02, "left")
+        left.text(at, prevalence + 0.01, f"prevalence {prevalence:.2f}", color=GREY, ha=side)
         right.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
         left.set(title="Precision-recall", xlabel="Recall (sensitivity)", ylabel="Precision (PPV)")
         right.set(title="ROC", xlabel="1 - specificity", ylabel="Sensitivity")
@@ -55,16 +60,18 @@ def calibration(path: Path, curves: Curves, figures: Figures) -> None:
     Seeds are pooled; counts, and the 95 % Wilson intervals drawn as vertical lines, are those of one seed on average.
     figures holds "ece" of each name.
     """
-    num_columns = min(3, len(curves))
+    num_columns = 4 if len(curves) == 4 else min(3, len(curves))
     num_rows = math.ceil(len(curves) / num_columns)
-    with figure(path, max(3.6, 2.8 * num_columns), max(4.2, 3.6 * num_rows)) as drawn:
+    width = 8.6 if num_columns == 4 else max(3.6, 2.8 * num_columns)
+    with figure(path, width, 3.0 if num_columns == 4 else max(4.2, 3.6 * num_rows)) as drawn:
         grid = drawn.subplots(2 * num_rows, num_columns, height_ratios=[4, 1] * num_rows, squeeze=False, sharex=True)
         panels = list(zip(grid[::2].flat, grid[1::2].flat, strict=True))
         for position, (name, seeds) in enumerate(curves.items()):
             upper, lower = panels[position]
             _reliability_panel(upper, lower, seeds, colour(position))
             upper.set_title(name)
-            upper.text(0.03, 0.97, _with_interval("ECE", figures[name]["ece"]), va="top", fontsize=8)
+            ece = _with_interval("ECE", figures[name]["ece"]).replace(" [", "\n[")
+            upper.text(0.99, 0.03, ece, ha="right", fontsize=8, linespacing=1.3)
         for upper, lower in panels[len(curves) :]:
             upper.remove()
             lower.remove()
@@ -72,6 +79,50 @@ def calibration(path: Path, curves: Curves, figures: Figures) -> None:
             upper.set_ylabel("Observed fraction")
             lower.set_ylabel("Images")
         drawn.supxlabel("Predicted probability of the positive class", fontsize=9)
+
+
+def confusion(
+    path: Path,
+    curves: Curves,
+    thresholds: Mapping[str, Sequence[float]],
+    classes: tuple[str, str] = ("negative", "positive"),
+) -> None:
+    """Confusion matrix of each name at each seed's own threshold: images, mean ± standard deviation over seeds, and the
+    percentage of the row, which is also the shade.
+
+    classes: what targets 0 and 1 are called.
+    """
+    num_columns = min(4, len(curves))
+    num_rows = math.ceil(len(curves) / num_columns)
+    with figure(path, max(2.6, 2.1 * num_columns), 2.3 * num_rows + 0.1) as drawn:
+        grid = drawn.subplots(num_rows, num_columns, squeeze=False, sharex=True, sharey=True)
+        for axes in list(grid.flat)[len(curves) :]:
+            axes.remove()
+        for axes, (name, seeds) in zip(grid.flat, curves.items(), strict=False):
+            counts = [_confusion(*seed, threshold) for seed, threshold in zip(seeds, thresholds[name], strict=True)]
+            _confusion_panel(axes, np.array(counts))
+            axes.set(title=name, xticks=[0, 1], yticks=[0, 1])
+            axes.set_xticklabels([_shortened(name) for name in classes])
+            axes.set_yticklabels([_shortened(name) for name in classes], rotation=90, va="center")
+            axes.set(xlabel="Decided", ylabel="True")
+            axes.label_outer()
+
+
+def forest(path: Path, differences: Mapping[str, Figures], label: str) -> None:
+    """How much higher a metric is than the baseline's, with its 95 % interval: {panel: {name: {"difference": figure}}}.
+
+    Intervals that exclude zero are filled.
+    """
+    names = list(dict.fromkeys(name for of_panel in differences.values() for name in of_panel))
+    with figure(path, max(4.5, 4 * len(differences)), 1.0 + 0.42 * len(names)) as drawn:
+        grid = drawn.subplots(1, len(differences), squeeze=False, sharex=True, sharey=True)[0]
+        for axes, (title, of_panel) in zip(grid, differences.items(), strict=True):
+            axes.axvline(0, color=GREY, linestyle=":", linewidth=1.2)
+            for name, of_name in of_panel.items():
+                _difference_line(axes, names.index(name), of_name["difference"])
+            axes.set(title=title, yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6), xlabel=label)
+            axes.set_yticklabels(names, fontsize=9)
+            axes.grid(axis="y", visible=False)
 
 
 def cam_panel(
@@ -110,37 +161,6 @@ def cam_panel(
         bar.set_label("activation (per image)", labelpad=-4)
 
 
-def sweep_figure(
-    path: Path, trials: Sequence[Mapping[str, Any]], objective: str, maximise: bool = True, log: Collection[str] = ()
-) -> None:
-    """The objective of every trial against each hyper-parameter; the best trial is marked.
-
-    Args:
-        trials: {"params": {name: number, string, bool or None}, "value": objective or None, "stopped": stopped early}.
-            Trials without a value are left out.
-        objective: its name, the label of the vertical axis.
-        maximise: whether the highest or the lowest objective is best.
-        log: hyper-parameters drawn on a logarithmic axis.
-    """
-    trials = [trial for trial in trials if trial["value"] is not None and math.isfinite(trial["value"])]
-    best = (max if maximise else min)(trials, key=lambda trial: trial["value"])
-    names = list(dict.fromkeys(name for trial in trials for name in trial["params"]))
-    num_columns = min(3, len(names))
-    num_rows = math.ceil(len(names) / num_columns)
-    with figure(path, max(4.0, 2.75 * num_columns), 2.5 * num_rows + 0.45) as drawn:
-        grid = drawn.subplots(num_rows, num_columns, squeeze=False, sharey=True)
-        for axes in list(grid.flat)[len(names) :]:
-            axes.remove()
-        for axes, name in zip(grid.flat, names, strict=False):
-            _objective_against(axes, name, trials, best)
-            if name in log:
-                axes.set_xscale("log")
-        for row in grid:
-            row[0].set_ylabel(objective)
-        labelled = {str(handle.get_label()): handle for axes in drawn.axes for handle in axes.collections}
-        drawn.legend(list(labelled.values()), list(labelled), loc="outside upper center", ncols=3)
-
-
 def training_curves(path: Path, history: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) -> None:
     """One panel for each key of history, with its lines {name: [(step, value), ...]}.
 
@@ -159,6 +179,20 @@ def training_curves(path: Path, history: Mapping[str, Mapping[str, Sequence[tupl
                 handles[name] = _training_line(axes, points, colour(names.index(name)))
             axes.set(title=title, xlabel="Step")
         drawn.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=max(1, len(handles)))
+
+
+def _zoomed(axes: Axes, figures: Figures, metric: str) -> Axes | None:
+    """An inset of the corner where the curves of good classifiers crowd; None where they are not that good."""
+    if not all((of_method[metric]["mean"] or 0) > 0.94 for of_method in figures.values()):
+        return None
+    corner = (0.8, 1.005) if metric == "auprc" else (-0.005, 0.2)
+    inset = axes.inset_axes((0.08 if metric == "auprc" else 0.4, 0.1, 0.5, 0.45), xlim=corner, ylim=(0.8, 1.005))
+    inset.tick_params(labelsize=7)
+    inset.set_xticks([0.8, 0.9, 1.0] if metric == "auprc" else [0.0, 0.1, 0.2])
+    inset.set_yticks([0.8, 0.9, 1.0])
+    for connector in axes.indicate_inset_zoom(inset, edgecolor=GREY, linewidth=0.8).connectors or ():
+        connector.set_visible(False)
+    return inset
 
 
 def _precision_at(recall: np.ndarray, scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
@@ -212,8 +246,53 @@ def _wilson(fraction: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[n
     return centre - half, centre + half
 
 
-def _with_interval(name: str, of_metric: Mapping[str, Any]) -> str:
+def _confusion(scores: np.ndarray, targets: np.ndarray, threshold: float) -> np.ndarray:
+    """(2, 2) counts, target by decision."""
+    cell = 2 * np.asarray(targets, int) + (np.asarray(scores) >= threshold)
+    return np.bincount(cell, minlength=4).reshape(2, 2)
+
+
+def _confusion_panel(axes: Axes, counts: np.ndarray) -> None:
+    """counts: (S, 2, 2)."""
+    mean = counts.mean(axis=0)
+    share = mean / np.maximum(mean.sum(axis=1, keepdims=True), 1)
+    axes.imshow(share, cmap="Blues", vmin=0, vmax=1.25)
+    axes.grid(visible=False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    for true, decided in np.ndindex(2, 2):
+        color = "white" if share[true, decided] > 0.65 else "black"
+        spread = f" ± {counts[:, true, decided].std(ddof=1):.1f}" if len(counts) > 1 else ""
+        said = f"{mean[true, decided]:.{0 if len(counts) == 1 else 1}f}{spread}"
+        axes.text(decided, true - 0.08, f"{100 * share[true, decided]:.1f} %", ha="center", color=color, fontsize=11)
+        axes.text(decided, true + 0.2, said, ha="center", color=color, fontsize=7.5)
+
+
+def _difference_line(axes: Axes, position: int, of_metric: Mapping[str, Any]) -> None:
+    mean, low, high = _numbers(of_metric)
+    excludes_zero = low > 0 or high < 0
+    axes.plot([low, high], [position, position], color=BLUE, linewidth=2)
+    face = BLUE if excludes_zero else "white"
+    axes.plot(mean, position, "o", color=BLUE, markerfacecolor=face, markeredgewidth=1.5, markersize=7)
+    text = f"{mean:+.4f} [{low:+.4f}, {high:+.4f}]"
+    box = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
+    axes.annotate(
+        text, ((low + high) / 2, position), (0, 6), textcoords="offset points", ha="center", fontsize=8, bbox=box
+    )
+
+
+def _shortened(text: str, length: int = 14) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"
+
+
+def _numbers(of_metric: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Mean and interval, nan where undefined."""
     mean, low, high = (math.nan if of_metric[key] is None else of_metric[key] for key in ("mean", "ci_low", "ci_high"))
+    return mean, low, high
+
+
+def _with_interval(name: str, of_metric: Mapping[str, Any]) -> str:
+    mean, low, high = _numbers(of_metric)
     return f"{name} {mean:.3f} [{low:.3f}, {high:.3f}]"
 
 
@@ -223,25 +302,6 @@ def _mark_side(axes: Axes, side: tuple[str, str] | None) -> None:
     pointed, true = side
     mark, color = ("✓", GREEN) if pointed == true else ("✗", VERMILION)
     axes.set_title(f"{mark} map: {pointed}, true: {true}", color=color, fontsize=9)
-
-
-def _objective_against(axes: Axes, name: str, trials: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> None:
-    trials = [trial for trial in trials if name in trial["params"]]
-    values = [trial["params"][name] for trial in trials]
-    if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-        options = sorted({str(value) for value in values})
-        axes.set_xticks(range(len(options)), options)
-        axes.set_xlim(-0.5, len(options) - 0.5)
-        values = [options.index(str(value)) for value in values]
-    for stopped, style in ((False, {"alpha": 0.75}), (True, {"facecolors": "none"})):
-        points = [(x, trial["value"]) for x, trial in zip(values, trials, strict=True) if trial["stopped"] == stopped]
-        label = "stopped early" if stopped else "finished"
-        axes.scatter(*zip(*points, strict=True) if points else ((), ()), s=18, edgecolors=BLUE, label=label, **style)
-    if best in trials:
-        at = values[trials.index(best)]
-        label = f"best, {best['value']:.4f}"
-        axes.scatter(at, best["value"], marker="*", s=150, color=VERMILION, edgecolors="white", zorder=3, label=label)
-    axes.set_xlabel(name)
 
 
 def _training_line(axes: Axes, points: Sequence[tuple[int, float]], color: str):

@@ -1,6 +1,6 @@
 """The imbalanced-image classifier: a supervised contrastive encoder, then a linear head with an asymmetric loss.
 
-The system of the HSG tubal-patency work (SupCon + ASL), with the five methods it is compared with:
+The system of the HSG tubal-patency work (SupCon + ASL), with what it is compared with:
 
     ce, focal, asl                        one phase: encoder and head together, with that loss
     supcon_ce, supcon_focal, supcon_asl   two phases: the encoder by SupCon on two augmented views an image;
@@ -105,7 +105,7 @@ class ClassifierRecipe:
     model: EncoderConfig = EncoderConfig()
     augment: Augment = Augment()
     method: str = SUPCON + "asl"
-    """ce | focal | asl | supcon_ce | supcon_focal | supcon_asl."""
+    """ce, focal, asl, ..., or the same after a contrastive phase: supcon_ce, supcon_focal, supcon_asl, ..."""
     losses: Losses = Losses()  # type: ignore[valid-type]
     supcon: ContrastiveStage = ContrastiveStage()
     single: Stage = Stage()

@@ -9,14 +9,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, check_choice, check_range
 from raymed.data.dataset import Batch
 from raymed.metrics.meters import Meter
-from raymed.random import derive
+from raymed.random import derive, seed_layers
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Step:
     def batches(self) -> Iterator[tuple[int, Batch]]:
         """(k, micro-batch k), with torch's generator seeded for k: stochastic layers repeat when it is asked again."""
         for k, batch in enumerate(self.micro):
-            torch.manual_seed(derive(self.seed, "layers", self.number, k, self.rank))
+            seed_layers(derive(self.seed, "layers", self.number, k, self.rank))
             yield k, batch
 
 

@@ -40,7 +40,7 @@ class Tracker:
     """
 
     def __init__(self, uri: str | None, experiment: str, storage: Path, period: float = 0.5):
-        self._uri = _resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+        self._uri = resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
         self.uri = re.sub(r"//[^/@]*@", "//", self._uri)  # for people and files: without user and password
         self.experiment = experiment
         self._is_server = self._uri.startswith("http")
@@ -51,7 +51,7 @@ class Tracker:
         self._trouble: str | None = None
         self._period = self._pause = period
         self._is_closing = threading.Event()
-        _calm_mlflow()
+        calm_mlflow()
         self._adopt()
         self._thread = threading.Thread(target=self._work, name="raymed-tracker", daemon=True)
         self._thread.start()
@@ -130,7 +130,7 @@ class Tracker:
         for upload in pending:
             try:
                 if is_doubtful:
-                    _probe(self._uri)
+                    probe(self._uri)
                 self._store = self._store or Store(self._uri, self._artifacts)
                 has_moved |= upload.ship(self._store)
                 is_doubtful = False
@@ -174,7 +174,7 @@ class Tracker:
                 self._marker(upload.outbox).unlink(missing_ok=True)
 
 
-def _resolve_uri(uri: str | None, storage: Path) -> str:
+def resolve_uri(uri: str | None, storage: Path) -> str:
     if not uri:
         return f"sqlite:///{local_folder(storage, 'mlflow') / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
@@ -190,14 +190,14 @@ def _resolve_uri(uri: str | None, storage: Path) -> str:
     return uri.rstrip("/")
 
 
-def _calm_mlflow() -> None:
+def calm_mlflow() -> None:
     """For the MLflow client of this process, before it is imported: no telemetry, and minutes of retries become one."""
     telemetry_off()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 
-def _probe(uri: str) -> None:
+def probe(uri: str) -> None:
     """Raise ConnectionError unless the server answers within a few seconds. A complaint about its certificate is an
     answer: whether to trust it is for MLflow's client to say."""
     import requests

@@ -1,12 +1,18 @@
 """The Ray cluster that a job runs on: the one it was submitted to, or one of its own on this machine."""
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 
 from raymed.config import UserError
+
+DRIVER = "raymed_driver"
+"""Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
+node with --resources '{"raymed_driver": 1000}'."""
 
 # Ray Train looks at a worker every two seconds, and at a worker group's start for one minute; ours may need longer.
 _ENVIRONMENT = {
@@ -72,20 +78,109 @@ def gpus_of(device: str) -> int:
     return int(device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
 
 
-def require(cpus: int, gpus: int = 0, *, at_least: int = 1, at_most: int | None = None, advice: str) -> int:
-    """How many workers of so many CPUs and GPUs, each on one node, the cluster can run at a time, at most `at_most`.
+def gpu_share(trainings: int) -> float:
+    """The part of a GPU to ask for when so many trainings share one. Ray rounds to four digits: 7 x 0.1429 is more than
+    one GPU, and the seventh would wait for ever."""
+    return math.floor(1e4 / trainings) / 1e4
 
-    Raises UserError when that is below `at_least`, where Ray would wait without a word.
+
+def require(
+    cpus: int,
+    gpus: float = 0,
+    *,
+    memory: int = 0,
+    workers: int = 1,
+    driver: float = 0,
+    at_least: int = 1,
+    at_most: int | None = None,
+    advice: str,
+) -> int:
+    """How many trainings the cluster can run at a time, at most `at_most`.
+
+    A training has `workers` workers, each with so many CPUs, GPUs and bytes of memory on one node, and a driver, which
+    takes so much of the resource "raymed_driver" where the cluster has it, and else of a node's CPUs.
+
+    Raises UserError when that is below `at_least`, where Ray would wait without a word. What is in use by others now is
+    counted as free: a line says so where it has to be waited for.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    needs = [(kind, need) for kind, need in (("CPU", cpus), ("GPU", gpus)) if need]
-    fits = sum(min(int(node.get(kind, 0) // need) for kind, need in needs) for node in nodes)
+    needs = {"CPU": cpus, "GPU": gpus, "memory": memory}
+    fits = _room(nodes, needs, workers, driver)
     if fits < at_least:
-        have = " and ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        have = " and ".join(_resources(node, memory, driver) for node in nodes)
+        alone = {kind: _room(nodes, {kind: need}, workers, 0) for kind, need in needs.items() if need}
+        short = [f"its {kind} is enough for {room}" for kind, room in alone.items() if room < at_least]
         raise UserError(
-            f"this needs {at_least} x {cpus} CPUs, {gpus} GPUs at a time, and the cluster has {have} on "
-            f"{len(nodes)} node(s): {advice}"
+            f"this needs {at_least} x {_needed(needs, workers, driver)} at a time, and the cluster has {have} on "
+            f"{len(nodes)} node(s) ({', '.join(short) or 'no node has enough of all at once'}): {advice}"
         )
+    _tell_of_waiting({kind: at_least * workers * need for kind, need in needs.items()})
     return fits if at_most is None else min(fits, at_most)
+
+
+def _room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], workers: int, driver: float) -> int:
+    """How many trainings fit on the nodes; nothing is shared between two nodes but the drivers' resource."""
+    most = sum(_slots(node, needs) for node in nodes) // workers
+    drivers = sum(node.get(DRIVER, 0) for node in nodes)
+    if not driver:
+        return most
+    if drivers:
+        return min(most, _times(drivers, driver))
+    return next(n for n in range(most, -1, -1) if _slots_beside(nodes, needs, n, driver) >= n * workers)
+
+
+def _slots_beside(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], n: int, driver: float) -> int:
+    """Workers that fit beside n drivers, each of which goes where it takes the place of the fewest workers."""
+    left = [dict(node) for node in nodes]
+    for _ in range(n):
+        with_driver = [node | {"CPU": node.get("CPU", 0) - driver} for node in left]
+        loss = [
+            _slots(node, needs) - _slots(less, needs) if less["CPU"] >= 0 else math.inf
+            for node, less in zip(left, with_driver, strict=True)
+        ]
+        place = loss.index(min(loss))
+        if loss[place] == math.inf:
+            return -1
+        left[place] = with_driver[place]
+    return sum(_slots(node, needs) for node in left)
+
+
+def _slots(node: Mapping[str, float], needs: Mapping[str, float]) -> int:
+    """Workers that fit on a node."""
+    return min(_times(node.get(kind, 0), need) for kind, need in needs.items() if need)
+
+
+def _times(have: float, need: float) -> int:
+    return int(have / need + 1e-6)  # a third of a GPU is there three times
+
+
+def _needed(needs: Mapping[str, float], workers: int, driver: float) -> str:
+    """What one training takes, in words."""
+    memory = f", {needs['memory'] / 1e9:.1f} GB memory" if needs["memory"] else ""
+    each = f"{needs['CPU']:g} CPUs, {needs['GPU']:g} GPUs{memory}"
+    if driver:
+        return f"({workers} x ({each}) and {driver:g} {DRIVER} or CPUs for its driver)"
+    return each if workers == 1 else f"{workers} x ({each})"
+
+
+def _resources(node: Mapping[str, float], memory: float, driver: float) -> str:
+    """What a node has, in words, of what is asked for."""
+    drivers = f", {node.get(DRIVER, 0):g} {DRIVER}" if driver else ""
+    gigabytes = f", {node.get('memory', 0) / 1e9:.1f} GB memory" if memory else ""
+    return f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs{gigabytes}{drivers}"
+
+
+def _tell_of_waiting(needs: Mapping[str, float]) -> None:
+    """Say so where the least that is needed is not free now. What has just ended is free a moment later."""
+    import ray
+
+    until = time.monotonic() + 2
+    while lacking := {kind for kind, need in needs.items() if need > ray.available_resources().get(kind, 0)}:
+        if time.monotonic() > until:
+            free, total = ray.available_resources(), ray.cluster_resources()
+            shown = ", ".join(f"{free.get(k, 0):g} of {total.get(k, 0):g} {k}" for k in sorted(lacking))
+            print(f"waiting: only {shown} is free now, the rest is in use by other work on this cluster", flush=True)
+            return
+        time.sleep(0.1)

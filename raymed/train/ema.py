@@ -18,14 +18,14 @@ class Average:
     def __init__(self, module: nn.Module, ema: Ema):
         self.decay = ema.decay
         self.updates = 0
-        self.parameters = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.parameters: dict[str, Tensor] = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.shadow = {name: p.detach().clone() for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """After the optimiser's step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.shadow.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        torch._foreach_lerp_(list(self.shadow.values()), list(self.parameters.values()), 1 - decay)
         self.updates += 1
 
     @contextmanager

@@ -1,24 +1,35 @@
-"""The frame of every job: a named run in a folder, tracked, locked, resumable, and a summary at its end."""
+"""The frame of every job: a named run in a folder, tracked, locked, resumable, and a summary at its end.
+
+A run exists from its first training on (`Job.start`): what is refused before leaves nothing behind.
+"""
 
 import json
+import shutil
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from raymed.config import UserError, config_hash, flatten, replace, to_dict
+from raymed.config import UserError, check_range, config_hash, flatten, replace, to_dict, to_json
+from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
 from raymed.storage import local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
+from raymed.train.budget import Budget, parse_duration
+from raymed.train.command import command_line
 from raymed.train.loop import Evaluation, Interrupted
+from raymed.train.record import DATA, ENVIRONMENT, PACKAGES, data_record, export, from_folder
+from raymed.train.repeat import Repeat, begin, verdict_lines, with_defaults
 from raymed.train.unit import Unit, load_data
 
-_NOT_IDENTITY = ("run", "compute")  # where and under which name: the same run may continue elsewhere
+_NOT_IDENTITY = ("run", "compute", "register", "foreign")  # where, under which name, and what is told of the model
+_PERIOD = 0.2  # seconds between two looks for the first training
+_defaults: dict[type, Any] = {}  # type of a job's config -> what its command line starts from
 C = TypeVar("C")
 
 
@@ -34,6 +45,25 @@ class RunConfig:
     """MLflow tracking URI; None = $MLFLOW_TRACKING_URI, else a sqlite store in the storage."""
     experiment: str = "raymed"
     """MLflow experiment."""
+    from_run: str | None = None
+    """Repeat a run: its name, its MLflow id, or the file of --export-run. Its config becomes the default of every other
+    flag, and at the end the two are compared: equal, within seed noise, or different."""
+    data_root: str | None = None
+    """With --from-run: the folder that holds the same images here. They are told by their content, not by their names;
+    the manifest is looked for under its old name, or stated (--data.manifest)."""
+    export_run: str | None = None
+    """Write a run (its name or MLflow id) to NAME.raymed.json for --from-run elsewhere, without images, identifiers or
+    paths, and do nothing else."""
+    time_budget: str | None = None
+    """Wall-clock time after which the job ends with what it has, such as "2h", "90m" or "30s"; None = no limit."""
+    max_gpu_hours: float | None = None
+    """The same in GPU hours: GPUs in use times hours; None = no limit."""
+
+    def __post_init__(self) -> None:
+        if self.time_budget is not None:
+            parse_duration(self.time_budget)
+        if self.max_gpu_hours is not None:
+            check_range("max_gpu_hours", self.max_gpu_hours, 0, low_open=True)
 
 
 @dataclass
@@ -46,9 +76,18 @@ class Job:
     """The config's recipe, with the phantoms drawn where they are asked for."""
     name: str
     storage: Path
+    data: DataSet
     interrupted: Callable[[], bool]
     tracker: Any
+    budget: Budget
+    """What is left of `run.time_budget` and `run.max_gpu_hours`."""
+    repeat: Repeat | None
+    """The run that this one repeats, with what is known of it."""
+    stack: ExitStack
+    """Closed at the end of the job."""
     children: list[Outbox] = field(default_factory=list)
+    is_started: bool = False
+    _lock: Any = field(default_factory=threading.Lock)
 
     @property
     def folder(self) -> Path:
@@ -62,8 +101,38 @@ class Job:
 
     @property
     def outbox(self) -> Outbox:
-        """What the run itself tells the tracker."""
+        """What the run itself tells the tracker: it has started."""
+        self.start()
         return Outbox(self.folder / "tracking.jsonl")
+
+    @property
+    def command(self) -> str:
+        """The command line that gives this run on another storage: every flag that is not the job's default, and none
+        that says where or under which name things are kept."""
+        return command_line(self.kind, self.config, _defaults.get(type(self.config)))
+
+    def start(self) -> None:
+        """From here on the run exists: in its folder and in MLflow. The first training starts it, or whoever asks for
+        `outbox`; again, it does nothing."""
+        from raymed.tracking import SystemMetrics
+
+        with self._lock:
+            if self.is_started:
+                return
+            _write_claim(self)
+            _open_run(self)
+            for outbox in self.children:
+                self.tracker.follow(outbox.path)
+            self.stack.enter_context(SystemMetrics(Outbox(self.folder / "tracking.jsonl")))
+            self.is_started = True
+
+    def over(self) -> bool:
+        """Whether the job is to end: Ctrl-C has come, or the budget is used up."""
+        return self.interrupted() or self.budget.exhausted() is not None
+
+    def has_trained(self) -> bool:
+        """Whether some training of this run has begun, now or in an earlier process."""
+        return any(outbox.path.exists() for outbox in list(self.children))
 
     def unit(self, name: str, seed: int, recipe: ClassifierRecipe | None = None, part: Any = "all") -> Unit:
         """A training that belongs to this run, in a folder of that name; the tracker follows it."""
@@ -83,32 +152,49 @@ class Job:
 
     def follow(self, outbox: Outbox) -> None:
         """Upload what this outbox holds and will hold."""
-        self.children.append(outbox)
-        self.tracker.follow(outbox.path)
+        with self._lock:
+            self.children.append(outbox)
+            if self.is_started:
+                self.tracker.follow(outbox.path)
 
     def where(self) -> str:
         """Where a person finds the run in MLflow."""
         return self.tracker.where(self.key)
 
     def finish(self, figures: dict[str, Any], paths: dict[str, Path], **extra: Any) -> Path:
-        """Write summary.json, log it, and close the run."""
+        """Write summary.json, log it, and close the run. A run that repeats another is compared with it."""
         path = self.folder / "summary.json"
+        outbox = self.outbox
+        extra = {"command": self.command} | extra
+        if self.repeat:
+            extra["repeat"] = self._compare(figures)
         mlflow = {"experiment": self.config.run.experiment, "run": self.tracker.run_id(self.key, timeout=60)}
         kept = {name: str(place) for name, place in paths.items()}
         write_summary(path, self.kind, to_dict(self.config), figures, mlflow=mlflow, paths=kept, **extra)
-        self.outbox.artifact(path)
-        self.outbox.close("FINISHED")
+        outbox.artifact(path)
+        outbox.close("FINISHED")
+        for child in self.children:  # what a used up budget has cut off
+            if child.status() == "RUNNING":
+                child.close("KILLED")
         return path
+
+    def _compare(self, figures: dict[str, Any]) -> dict[str, Any]:
+        assert self.repeat
+        mine = from_folder(self.folder, json.loads(to_json(figures)))
+        verdict = self.repeat.verdict(mine)
+        print("\n".join(verdict_lines(verdict)), flush=True)
+        return verdict
 
 
 @contextmanager
 def open_job(kind: str, config: Any) -> Iterator[Job]:
     """A run for this config: new, or the one that was begun with it.
 
-    However the block ends, every MLflow run under it ends with the right status. Raises UserError when the storage
-    cannot be written, another process is at it, or the name belongs to another config.
+    However the block ends, every MLflow run under it ends with the right status; a UserError or Ctrl-C before the first
+    training leaves no run. Raises UserError when the storage cannot be written, another process is at it, the name
+    belongs to another config, or the run to repeat cannot be.
     """
-    from raymed.tracking import SystemMetrics, Tracker
+    from raymed.tracking import Tracker
 
     storage = resolve_storage(config.run.storage)
     if "working_dir_files" in storage.parts:
@@ -116,34 +202,85 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
             f"--storage must be an absolute path in a submitted job, got {config.run.storage}: Ray deletes the folder "
             "that the job runs in"
         )
-    name = config.run.name or f"{kind}-{config_hash(config, _NOT_IDENTITY)[:8]}"
+    config, repeat = begin(kind, config, storage)
+    name = _name(kind, config, repeat)
     folder = storage / "runs" / name
     recipe = _with_phantoms(config.recipe, storage)
     data = load_data(recipe.data, local_folder(storage, "cache"))
+    notes = repeat.check_data(data) if repeat else []
     with ExitStack() as stack:
         stack.enter_context(lock(folder / "lock"))
-        _claim(folder, name, kind, config)
+        stack.callback(_discard_unstarted, folder, storage)
+        _check_claim(folder, name, kind, config)
         interrupted = stack.enter_context(_listen())
         tracker = stack.enter_context(Tracker(config.run.tracking, config.run.experiment, storage))
-        job = Job(kind, config, recipe, name, storage, interrupted, tracker)
-        _open_run(job)
-        stack.enter_context(SystemMetrics(job.outbox))
-        print(f"{data.summary()}\nrun {name} in {folder}", flush=True)
+        budget = Budget.from_config(config.run.time_budget, config.run.max_gpu_hours, folder)
+        stack.callback(budget.save)
+        job = Job(kind, config, recipe, name, storage, data, interrupted, tracker, budget, repeat, stack)
+        print("\n".join([data.summary(), *notes, f"run {name} in {folder}"]), flush=True)
         try:
-            yield job
+            with _started_by_training(job):
+                yield job
         except BaseException as error:
-            _close_runs(job, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
+            if job.is_started or not isinstance(error, UserError | KeyboardInterrupt):
+                _close_runs(job, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
 
 
+def _name(kind: str, config: Any, repeat: Repeat | None) -> str:
+    if repeat is None:
+        return config.run.name or f"{kind}-{config_hash(config, _NOT_IDENTITY)[:8]}"
+    if config.run.name == repeat.record.name:
+        raise UserError(f"--name {config.run.name} is the name of the run that is repeated: give another, or none")
+    return config.run.name or f"{repeat.record.name}-repeat"
+
+
+@contextmanager
+def _started_by_training(job: Job) -> Iterator[None]:
+    """Starts the job when the first training of its has begun, in whatever process that is."""
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(_PERIOD):
+            if job.has_trained():
+                return job.start()
+
+    thread = threading.Thread(target=watch, name="raymed-job-start", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        if job.has_trained():
+            job.start()
+
+
+def _discard_unstarted(folder: Path, storage: Path) -> None:
+    """Remove what is left of a run that never started."""
+    if any(folder.rglob("tracking.jsonl")):
+        return
+    shutil.rmtree(folder)
+    for parent in (folder.parent, local_folder(storage, "mlflow")):
+        with suppress(OSError):  # not empty: there are others
+            parent.rmdir()
+
+
 def _open_run(job: Job) -> None:
+    import torch
+
     from raymed.tracking import environment, git_state, installed_packages
 
-    tags = {"raymed.job": job.kind} | {f"raymed.git.{name}": str(value) for name, value in git_state().items()}
-    job.outbox.open(job.key, job.name, None, to_dict(job.config), tags)
-    job.outbox.json(environment(), "environment.json")
-    job.outbox.text(installed_packages(), "requirements.txt")
-    job.tracker.follow(job.outbox.path)
+    tags = {"raymed.job": job.kind, "raymed.data": job.data.fingerprint}
+    code = git_state(Path(sys.argv[0]).parent)  # of the job's file, from wherever it is started
+    tags |= {f"raymed.git.{name}": str(value) for name, value in code.items()}
+    outbox = Outbox(job.folder / "tracking.jsonl")
+    outbox.open(job.key, job.name, None, to_dict(job.config), tags)
+    outbox.json(environment() | {"threads": job.config.compute.threads or torch.get_num_threads()}, ENVIRONMENT)
+    outbox.text(installed_packages(), PACKAGES)
+    write_atomic(job.folder / DATA, json.dumps(data_record(job.data)))
+    outbox.artifact(job.folder / DATA)
+    job.tracker.follow(outbox.path)
 
 
 def _close_runs(job: Job, status: Any) -> None:
@@ -153,14 +290,22 @@ def _close_runs(job: Job, status: Any) -> None:
             outbox.close(status)
 
 
-def _claim(folder: Path, name: str, kind: str, config: Any) -> None:
-    """Write the run's config, or check that it is the one already there."""
-    path = folder / "config.json"
-    mine = {"job": kind, "hash": config_hash(config, _NOT_IDENTITY), "config": to_dict(config)}
+def _claim(kind: str, config: Any) -> dict[str, Any]:
+    return {"job": kind, "hash": config_hash(config, _NOT_IDENTITY), "config": to_dict(config)}
+
+
+def _write_claim(job: Job) -> None:
+    path = job.folder / "config.json"
     if not path.is_file():
-        write_atomic(path, json.dumps(mine, indent=2) + "\n")
+        write_atomic(path, json.dumps(_claim(job.kind, job.config), indent=2) + "\n")
+
+
+def _check_claim(folder: Path, name: str, kind: str, config: Any) -> None:
+    """Raise UserError where the run exists with another config."""
+    path = folder / "config.json"
+    if not path.is_file():
         return
-    theirs = json.loads(path.read_text())
+    theirs, mine = json.loads(path.read_text()), _claim(kind, config)
     if theirs["hash"] == mine["hash"] and theirs["job"] == kind:
         return
     old, new = flatten(theirs["config"]), flatten(mine["config"])
@@ -229,10 +374,16 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
 
     telemetry_off()
     try:
-        default = recipe()
+        default: Any = recipe()
+        _defaults[type(default)] = default
+        default = with_defaults(default, sys.argv[1:])
         about = sys.modules["__main__"].__doc__
         config = tyro.cli(type(default), default=default, description=about, config=(tyro.conf.AvoidSubcommands,))
-        print(f"summary: {work(config)}", flush=True)
+        if config.run.export_run:
+            exported = export(config.run.export_run, config.run.storage, config.run.tracking)
+            print(f"exported: {exported.absolute()}", flush=True)
+        else:
+            print(f"summary: {work(config)}", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -4,58 +4,149 @@ import time
 from collections.abc import Mapping, Sequence
 
 from raymed.config import UserError, replace
+from raymed.tasks.task import Phase
 from raymed.train.cluster import connected, gpus_of, require
+from raymed.train.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
 from raymed.train.job import Job, show_progress
-from raymed.train.unit import Unit, train_unit
+from raymed.train.loop import Interrupted
+from raymed.train.unit import Unit, phases_of, train_unit, unit_data
 
 ADVICE = "lower --compute.cpus-per-worker, or use --compute.device cpu"
 
 
-def run_one_by_one(job: Job, units: Sequence[Unit]) -> None:
-    """Train units in order: in this process, or each on Ray Train workers where the job asks for several."""
+def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
+    """Train units in order: in this process, or each on Ray Train workers where the job asks for several.
+
+    Returns whether all are finished: False when the job's budget is used up before.
+    """
+    announce(job, [units])
     if job.config.compute.workers == 1:
-        for unit in units:
-            train_unit(unit, job.interrupted, show_progress(unit.name))
-        return
+        return all(_train_here(job, unit) for unit in units)
     from raymed.train.ray_train import train_with_workers
 
     with connected():
-        for unit in units:
-            if unit.result() is None:
-                train_with_workers(unit)
+        return all(unit.result() is not None or train_with_workers(unit, job.budget) for unit in units)
 
 
-def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
+def _train_here(job: Job, unit: Unit) -> bool:
+    try:
+        with job.budget.running(unit.name, int(unit.compute.resolved_device().type == "cuda")):
+            train_unit(unit, job.over, show_progress(unit.name))
+    except Interrupted:
+        if job.interrupted():
+            raise
+        return False
+    return True
+
+
+def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> bool:
     """Train units as Ray tasks, as many at a time as the cluster has room for; a wave begins when the one before it has
     ended. The first failure ends the job; finished units are not trained again by the next one.
+
+    Returns whether all are finished: False when the job's budget is used up before; what runs then is cut off at its
+    last checkpoint.
     """
+    check_single_worker(job)
+    return all(_run_wave(job, [unit for unit in wave if unit.result() is None]) for wave in waves)
+
+
+def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
+    """Print how long these units will take, and how much memory and disk, from one measured step of each kind.
+
+    Raises UserError where the disk does not suffice. Finished units count nothing.
+    """
+    trainings: list[Trainings] = []
+    costs: dict[str, list] = {}
+    for kind, units in ((kind, units) for wave in waves for kind, units in _kinds(wave).items()):
+        costs[kind] = costs.get(kind) or _measured(units)
+        trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units)))
+    if trainings:
+        Plan(trainings).announce(job.folder)
+
+
+def _kinds(wave: Sequence[Unit]) -> dict[str, list[Unit]]:
+    kinds: dict[str, list[Unit]] = {}
+    for unit in wave:
+        if unit.result() is None:
+            kinds.setdefault(_kind(unit), []).append(unit)
+    return kinds
+
+
+def _measured(units: Sequence[Unit]) -> list[tuple[Phase, StepCost]]:
+    """Each phase of these units with what it costs where they will run."""
     import ray
 
-    check_single_worker(job)
-    for wave in waves:
-        todo = [unit for unit in wave if unit.result() is None]
-        if not todo:
-            continue
-        gpus = gpus_of(job.config.compute.device)
-        require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
-        cpus = _share(todo)
-        train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train)
-        running = {train.remote(unit): unit for unit in todo}
-        began = time.monotonic()
+    if not ray.is_initialized():
+        return _measure(units[0], None)
+    cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
+    require(cpus, gpus, advice=ADVICE)
+    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(_measure).remote(units[0], cpus))
+
+
+def _measure(unit: Unit, threads: int | None) -> list[tuple[Phase, StepCost]]:
+    data = unit_data(unit)
+    return [(phase, measure(phase, data, unit.seed, unit.compute, threads)) for phase in phases_of(unit, data)]
+
+
+def _at_once(units: Sequence[Unit]) -> int:
+    import ray
+
+    if not ray.is_initialized():
+        return 1
+    return require(cpus_for(units[0], len(units)), gpus_of(units[0].compute.device), at_most=len(units), advice=ADVICE)
+
+
+def _kind(unit: Unit) -> str:
+    if unit.part == "encoder":
+        return "encoders"
+    if unit.recipe.two_stage:
+        return "heads" if unit.recipe.supcon.encoder_from else "two-stage trainings"
+    return "trainings"
+
+
+def _run_wave(job: Job, todo: Sequence[Unit]) -> bool:
+    import ray
+
+    if not todo:
+        return True
+    gpus = gpus_of(job.config.compute.device)
+    room = require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
+    train = ray.remote(num_cpus=cpus_for(todo[0], len(todo)), num_gpus=gpus, max_retries=2)(_train)
+    running = {train.remote(unit): unit for unit in todo}
+    began = time.monotonic()
+    # Ray starts them in order: those it has room for count as running.
+    with job.budget.running(todo[0].name, gpus * min(room, len(todo))):
         while running:
             done, _ = ray.wait(list(running), timeout=1.0)
             if job.interrupted():
                 raise KeyboardInterrupt
             for reference in done:
                 _announce(running.pop(reference), ray.get(reference), len(todo) - len(running), len(todo), began)
+            if running and job.budget.exhausted():
+                for reference in running:
+                    ray.cancel(reference, force=True)
+                return False
+    return True
 
 
-def _share(units: Sequence[Unit]) -> int:
-    """CPUs of one unit: what it asks for, or more where a node has more than enough for all of them."""
+def cpus_for(unit: Unit, count: int = 1) -> int:
+    """CPUs of one of `count` units: what it asks for, or more where a node has more than enough for all of them."""
     import ray
 
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(units[0].compute.cpus_per_worker, min(filter(None, nodes), default=1) // len(units))
+    return max(unit.compute.cpus_per_worker, min(filter(None, nodes), default=1) // count)
+
+
+def trials_on_a_gpu(unit: Unit, at_most: int) -> int:
+    """How many such trainings fit into the memory of one GPU at a time, by the measured peak of one step."""
+    import ray
+
+    measured = ray.remote(num_cpus=1, num_gpus=1)(_peak_and_total).remote(unit)
+    return trials_per_gpu(*ray.get(measured), at_most)
+
+
+def _peak_and_total(unit: Unit) -> tuple[int, int]:
+    return max(cost.peak_bytes for _, cost in _measure(unit, None)), gpu_bytes()
 
 
 def _train(unit: Unit) -> dict:

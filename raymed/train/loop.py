@@ -24,6 +24,7 @@ from raymed.tracking.outbox import Outbox
 from raymed.train.checkpoint import Checkpoints, Progress, load_weights, resume, resume_optimizers
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, evaluate, shard, values
+from raymed.train.memory import OutOfMemory, give_up, halved, noticed, release
 from raymed.train.nets import Networks
 
 _FLUSH = 10  # steps between two looks at the losses: each costs a synchronisation
@@ -63,15 +64,38 @@ class Fit:
     outbox: Outbox | None = None
     """Where rank 0 writes losses and metrics."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
+    frozen: dict[str, Tensor] | None = None
+    """What the untrained networks say of all images, where it is known already; None = computed where a phase asks."""
 
     def run(self) -> Iterator[Evaluation]:
         """Train every phase that is not finished. Collective."""
         first_step = first_evaluation = 0
         for phase in self.phases:
-            for done in _PhaseRun(self, phase, first_step).run():
+            for done in self._train(phase, first_step):
                 yield done(first_evaluation)
             first_step += phase.steps
             first_evaluation += phase.evaluations
+
+    def _train(self, phase: Phase, first_step: int) -> Iterator[Callable[[int], Evaluation]]:
+        """One phase; out of memory once, it goes on in smaller micro-batches."""
+        try:
+            yield from _PhaseRun(self, phase, first_step).run()
+            return
+        except OutOfMemory as error:
+            what = str(error)
+            smaller = halved(phase, what)
+        release()  # here, since until now the error held the networks
+        self._tell_halved(smaller, what)
+        try:
+            yield from _PhaseRun(self, smaller, first_step).run()
+        except OutOfMemory as error:
+            raise give_up(smaller, str(error)) from None
+
+    def _tell_halved(self, phase: Phase, what: str) -> None:
+        done = f"{phase.accumulate} micro-batches of {phase.batch_size // phase.accumulate} a step"
+        print(f"{what}: it goes on from its last checkpoint with {done}", flush=True)
+        if self.outbox:
+            self.outbox.tags({f"raymed.out_of_memory.{phase.name}": f"{what}: {done}"})
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """The checkpoints of a phase."""
@@ -85,10 +109,40 @@ class Fit:
             raise UserError(f"phase {phase.name} has no checkpoint yet")
         networks = Networks(phase, self.seed, self.compute)
         networks.load_weights(load_weights(source))
+        return networks, self.feed(phase, networks)
+
+    def feed(self, phase: Phase, networks: Networks) -> Feed:
+        """Batches for a phase; with `phase.cache`, of what its untrained networks say. Collective."""
         feed = Feed(self.data, self.compute.resolved_device())
-        if phase.cache:
+        if phase.cache and self.frozen is not None:
+            feed.cached = self.frozen
+        elif phase.cache:
             feed.keep_frozen(phase, networks)
-        return networks, feed
+        return feed
+
+
+def sampler_of(phase: Phase, data: DataSet, seed: int) -> RandomSampler | BalancedSampler:
+    """What makes up the batches of a phase."""
+    rows = data.splits["train"]
+    order = derive(seed, "order", phase.name)
+    if phase.balanced:
+        return BalancedSampler(rows, data.labels[rows], phase.batch_size, order)
+    return RandomSampler(rows, phase.batch_size, order)
+
+
+def take_step(phase: Phase, networks: Networks, step: Step) -> dict[str, Tensor]:
+    """One training step: every loss backward, every network it ends moved. Returns what is logged."""
+    totals: dict[str, Tensor] = {}
+    for loss in phase.task.losses(step, networks):
+        engine = networks.engines[loss.trains]
+        engine.backward(loss.value, last=loss.step)
+        for name, value in loss.metrics.items():
+            totals[name] = totals.get(name, 0) + value.detach().float()
+        if loss.step:
+            totals["grad_norm"] = engine.step(step.number)
+            if loss.trains in networks.averages:
+                networks.averages[loss.trains].update()
+    return totals
 
 
 class _PhaseRun:
@@ -103,12 +157,7 @@ class _PhaseRun:
         self.fit, self.phase, self.first_step = fit, phase, first_step
         self.checkpoints = fit.checkpoints(phase.name)
         self.seed = derive(fit.seed, "phase", phase.name)
-        rows = fit.data.splits["train"]
-        order = derive(fit.seed, "order", phase.name)
-        if phase.balanced:
-            self.sampler = BalancedSampler(rows, fit.data.labels[rows], phase.batch_size, order)
-        else:
-            self.sampler = RandomSampler(rows, phase.batch_size, order)
+        self.sampler = sampler_of(phase, fit.data, fit.seed)
 
     def run(self) -> Iterator[Callable[[int], Evaluation]]:
         """Train to the end of the phase, yielding at every evaluation (as a function of those of earlier phases)."""
@@ -120,12 +169,11 @@ class _PhaseRun:
         self.networks.build_engines(self.phase.steps)
         if last:
             resume_optimizers(self.networks, last, self.progress)
-        self.feed = Feed(self.fit.data, self.fit.compute.resolved_device())
-        if self.phase.cache:
-            self.feed.keep_frozen(self.phase, self.networks)
+        self.feed = self.fit.feed(self.phase, self.networks)
         curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step)
         while not self.progress.finished:
-            curve.add(self._train_step(self.progress.step))
+            with noticed(self.phase, self.progress.step):
+                curve.add(self._train_step(self.progress.step))
             self.progress.step += 1
             stop = self.fit.interrupted()
             if self.phase.evaluates_after(self.progress.step - 1):
@@ -154,17 +202,7 @@ class _PhaseRun:
     def _train_step(self, number: int) -> dict[str, Tensor]:
         rows = shard(self.sampler.indices(number), self.phase.accumulate)
         step = Step(number, self.seed, rank(), tuple(self.feed.batch(part) for part in rows))
-        totals: dict[str, Tensor] = {}
-        for loss in self.phase.task.losses(step, self.networks):
-            engine = self.networks.engines[loss.trains]
-            engine.backward(loss.value, last=loss.step)
-            for name, value in loss.metrics.items():
-                totals[name] = totals.get(name, 0) + value.detach().float()
-            if loss.step:
-                totals["grad_norm"] = engine.step(number)
-                if loss.trains in self.networks.averages:
-                    self.networks.averages[loss.trains].update()
-        return totals
+        return take_step(self.phase, self.networks, step)
 
     def _evaluate(self, curve: "_Curve") -> Callable[[int], Evaluation]:
         speed = curve.flush() * self.phase.batch_size

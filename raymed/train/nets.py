@@ -35,6 +35,7 @@ class Networks:
             compute.prepare(network.module).eval()
             if network.optim is None:
                 network.module.requires_grad_(False)
+        self.modes = {name: _Mode(network.module) for name, network in self.networks.items()}
 
     def build_engines(self, steps: int) -> None:
         """After the weights are where they start: an engine, and an average where asked, for each trained network."""
@@ -66,7 +67,7 @@ class Networks:
         others = [p for other in self.engines if other != name for p in self.module(other).parameters()]
         flags = [p.requires_grad for p in others]
         before, self.active = self.active, name
-        self.module(name).train()
+        self.modes[name].set(training=True)
         for p in others:
             p.requires_grad_(False)
         try:
@@ -74,7 +75,7 @@ class Networks:
         finally:
             for p, flag in zip(others, flags, strict=True):
                 p.requires_grad_(flag)
-            self.module(name).eval()
+            self.modes[name].set(training=False)
             self.active = before
 
     @contextmanager
@@ -124,6 +125,25 @@ class Networks:
             prefix = f"{network}."
             own = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
             self.module(network).load_state_dict(own)
+
+
+class _Mode:
+    """A module's training mode. `nn.Module.train` takes a microsecond or more for each layer, and is called twice a
+    step: here the flags of the layers are written directly, where no layer does more than that."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        layers = list(module.modules())
+        plain = all(type(layer).train is nn.Module.train for layer in layers)
+        self.flags = [vars(layer) for layer in layers] if plain else None
+
+    def set(self, training: bool) -> None:
+        """As `module.train(training)`."""
+        if self.flags is None:
+            self.module.train(training)
+            return
+        for flags in self.flags:
+            flags["training"] = training
 
 
 def _misfits(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:

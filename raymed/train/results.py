@@ -14,7 +14,8 @@ from raymed.report.tables import comparison_csv, comparison_markdown, comparison
 from raymed.storage import write_atomic
 from raymed.tasks.classifier import load_classifier
 from raymed.train.job import Job
-from raymed.train.unit import SPLITS, Unit, load_data, predictions
+from raymed.train.openings import open_test
+from raymed.train.unit import SPLITS, Unit, predictions, unit_data
 
 PANEL = 8  # images
 METRICS = ("auroc", "auprc", "accuracy", "accuracy_at_0.5", "precision", "recall", "f1", "ece")
@@ -22,20 +23,20 @@ METRICS = ("auroc", "auprc", "accuracy", "accuracy_at_0.5", "precision", "recall
 
 def summarise(units: Sequence[Unit]) -> dict[str, Any]:
     """One method's units (its seeds) -> {"val": {metric: figure}, "test": ...}."""
-    return {split: summarise_seeds([_prediction(unit, split) for unit in units]) for split in SPLITS}
+    return {split: summarise_seeds([prediction(unit, split) for unit in units]) for split in SPLITS}
 
 
 def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any]:
     """Paired difference of two methods over the same seeds, like `summarise`."""
     return {
-        split: summarise_difference([_prediction(u, split) for u in units], [_prediction(u, split) for u in baseline])
+        split: summarise_difference([prediction(u, split) for u in units], [prediction(u, split) for u in baseline])
         for split in SPLITS
     }
 
 
-def _prediction(unit: Unit, split: str):
+def prediction(unit: Unit, split: str):
     arrays = predictions(unit, split)
-    patients = arrays["patients"] if load_data(unit.recipe.data, unit.cache).has_patients else None
+    patients = arrays["patients"] if unit_data(unit).has_patients else None
     threshold = (unit.result() or {})[split]["threshold"]
     return arrays["scores"], arrays["targets"], patients, threshold
 
@@ -78,7 +79,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[list[Path], dict[str, Any]
     """
     import torch
 
-    data = load_data(unit.recipe.data, unit.cache)
+    data = unit_data(unit)
     classifier, preprocess = load_classifier(Bundle.load(unit.folder / "bundle"))
     arrays = predictions(unit, "test")
     rows = arrays["where"][arrays["targets"] == 1]
@@ -119,10 +120,19 @@ def report(
     """End a job: print and write the table, draw the figures, log them, write the summary. Returns its path.
 
     baseline: method that the others are compared with, seed by seed. artifacts: further files to log. best: the method
-    to name so; None = by the validation split.
+    to name so; None = by the validation split. Methods of which a seed is not finished, as when the budget is used up,
+    are left out.
     """
     from rich import print as show
 
+    methods = {name: units for name, units in methods.items() if units and all(unit.result() for unit in units)}
+    extra |= {"ended_early": job.budget.exhausted()}
+    if not methods:
+        print(f"no method is finished: {job.budget.exhausted()}. The same command goes on, with a larger budget")
+        return job.finish({}, {"run": job.folder}, best=None, **extra)
+    baseline = baseline if baseline in methods else None
+    best = best if best in methods else None
+    extra |= {"test_openings": open_test(job.storage, unit_data(next(iter(methods.values()))[0]), job.key)}
     figures = {name: summarise(units) for name, units in methods.items()}
     best = best or best_on_validation(figures)
     folder = job.folder / "figures"
@@ -151,7 +161,7 @@ def report(
 
 
 def _title(job: Job, units: Sequence[Unit]) -> str:
-    data = load_data(units[0].recipe.data, units[0].cache)
+    data = unit_data(units[0])
     unit = "patients" if data.has_patients else "images (no patient column)"
     seeds = "1 seed" if len(units) == 1 else f"{len(units)} seeds"
     return f"test split, positive = {data.positive}, {seeds}, 95 % intervals over {unit}"

@@ -11,18 +11,23 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from raymed.config import to_dict, to_json
 from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
-from raymed.distributed import rank
+from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.meters import BinaryMeter
 from raymed.storage import lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
 from raymed.train.evaluate import evaluate
+from raymed.train.features import encoder_features, note_trained_on, refuse_seen
+from raymed.train.folds import Fold
 from raymed.train.loop import Evaluation, Fit
 
 SPLITS = ("val", "test")
@@ -46,6 +51,10 @@ class Unit:
     compute: Compute = Compute()
     part: Literal["all", "encoder"] = "all"
     """encoder: only the SupCon phase, to be shared by several heads."""
+    fold: Fold | None = None
+    """Of a nested cross-validation, in place of the data's own splits."""
+    splits: tuple[str, ...] = SPLITS
+    """What is scored at the end; trials of a sweep do not look at test."""
     tags: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -64,21 +73,37 @@ class Unit:
         return json.loads(path.read_text()) if path.is_file() else None
 
 
+def phases_of(unit: Unit, data: DataSet) -> tuple[Phase, ...]:
+    """What a unit trains."""
+    return (unit.recipe.encoder_phase(data),) if unit.part == "encoder" else unit.recipe.phases(data)
+
+
 class UnitRun:
     """A unit in progress, on this process or as one of several workers."""
 
     def __init__(self, unit: Unit, interrupted: Callable[[], bool] = lambda: False):
         self.unit = unit
-        self.data = load_data(unit.recipe.data, unit.cache)
-        phases = unit.recipe.phases(self.data)
-        if unit.part == "encoder":
-            phases = (unit.recipe.encoder_phase(self.data),)
+        self.data = unit_data(unit)
+        phases = phases_of(unit, self.data)
+        if unit.part == "all" and unit.recipe.two_stage and unit.recipe.supcon.encoder_from:
+            refuse_seen(self.data, Path(unit.recipe.supcon.encoder_from))
         outbox = unit.outbox if rank() == 0 else None
-        self.fit = Fit(phases, self.data, unit.folder, unit.seed, unit.compute, outbox, interrupted)
+        frozen = self._features(phases)
+        self.fit = Fit(phases, self.data, unit.folder, unit.seed, unit.compute, outbox, interrupted, frozen)
+
+    def _features(self, phases: tuple[Phase, ...]) -> dict[str, Tensor] | None:
+        """Where one process trains a head on an encoder from elsewhere: the features that all such heads share."""
+        if world_size() > 1 or not (self.unit.recipe.supcon.encoder_from and phases[0].cache):
+            return None
+        unit = self.unit
+        features = encoder_features(phases[0], self.data, unit.seed, unit.compute, unit.cache)
+        return {"encoder": torch.from_numpy(features)}
 
     def evaluations(self) -> Iterator[Evaluation]:
         """Train. Collective."""
         self.unit.compute.use_threads()
+        if rank() == 0:
+            note_trained_on(self.unit.folder, self.data)
         if self.fit.outbox:
             params = {"seed": self.unit.seed, **to_dict(self.unit.recipe), "compute": to_dict(self.unit.compute)}
             tags = {"raymed.data": self.data.fingerprint, **self.unit.tags}
@@ -100,9 +125,9 @@ class UnitRun:
         recipe, folder = self.unit.recipe, self.unit.folder
         phase = self.fit.phases[-1]
         networks, feed = self.fit.best()
-        meters = {s: cast(BinaryMeter, evaluate(phase, networks, feed, s)["binary"]) for s in SPLITS}
+        meters = {s: cast(BinaryMeter, evaluate(phase, networks, feed, s)["binary"]) for s in self.unit.splits}
         threshold = tune_threshold(meters["val"].scores, meters["val"].targets, recipe.threshold)
-        figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in SPLITS}
+        figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in self.unit.splits}
         if rank() > 0:
             return figures
         arrays = {}
@@ -121,7 +146,7 @@ class UnitRun:
         outbox.artifact(folder / "bundle", "bundle")
         outbox.artifact(folder / "predictions.npz")
         step = sum(phase.steps for phase in self.fit.phases)
-        outbox.metrics({f"final/{s}/{name}": v for s in SPLITS for name, v in figures[s].items()}, step)
+        outbox.metrics({f"final/{s}/{name}": v for s in self.unit.splits for name, v in figures[s].items()}, step)
         return figures
 
 
@@ -141,6 +166,18 @@ def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:
     """A finished unit's scores, targets, rows (of the manifest), patients (codes) and where (indices of its data)."""
     with np.load(unit.folder / "predictions.npz") as arrays:
         return {name.removeprefix(f"{split}_"): arrays[name] for name in arrays if name.startswith(f"{split}_")}
+
+
+def unit_data(unit: Unit) -> DataSet:
+    """The data that a unit sees: those of its recipe, or a fold of them."""
+    if unit.fold is None:
+        return load_data(unit.recipe.data, unit.cache)
+    return _fold_data(unit.recipe.data, unit.cache, unit.fold)
+
+
+@functools.lru_cache(maxsize=8)
+def _fold_data(config: DataConfig, cache: Path, fold: Fold) -> DataSet:
+    return fold.apply(load_data(config, cache))
 
 
 @functools.lru_cache(maxsize=1)

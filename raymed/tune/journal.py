@@ -1,12 +1,13 @@
 """What a sweep has done, as JSON lines: enough to continue it after any kill, readable with a text editor.
 
 One line an event: {"trial": n, "params": {...}} when a trial is chosen, {"trial": n, "rung": k, "value": v} after each
-evaluation, {"trial": n, "status": "finished" | "stopped" | "failed", "value": v} at its end.
+evaluation, {"trial": n, "status": "finished" | "stopped" | "failed", "value": v, "values": [...]} at its end; `values`
+are those of the seeds or folds whose mean is the value.
 """
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +25,9 @@ class TrialRecord:
     """Evaluation number -> objective."""
     status: Status = "running"
     value: float | None = None
-    """The objective at the trial's end."""
+    """The objective at the trial's end: the mean over seeds or folds."""
+    values: list[float] = field(default_factory=list)
+    """The same of each seed or fold."""
 
 
 class Journal:
@@ -45,9 +48,9 @@ class Journal:
         if rung not in self.trials[number].rungs:
             self._write({"trial": number, "rung": rung, "value": value})
 
-    def end(self, number: int, status: Status, value: float | None) -> None:
+    def end(self, number: int, status: Status, value: float | None, values: Sequence[float] = ()) -> None:
         """A trial has ended."""
-        self._write({"trial": number, "status": status, "value": value})
+        self._write({"trial": number, "status": status, "value": value, "values": list(values)})
 
     def unfinished(self) -> list[int]:
         """Numbers of trials that were chosen and have not ended."""
@@ -57,10 +60,15 @@ class Journal:
         """Trials with an objective: finished, or stopped early at their last rung."""
         return [t for t in self.trials.values() if t.status in ("finished", "stopped") and t.value is not None]
 
+    def ranked(self, mode: str) -> list[TrialRecord]:
+        """The finished trials, the best objective first; of equal ones the earlier."""
+        sign = -1 if mode == "max" else 1
+        finished = [t for t in self.ended() if t.status == "finished"]
+        return sorted(finished, key=lambda t: (sign * (t.value or 0.0), t.number))
+
     def best(self, mode: str) -> TrialRecord | None:
         """The finished trial with the best objective."""
-        finished = [t for t in self.ended() if t.status == "finished"]
-        return (max if mode == "max" else min)(finished, key=lambda t: t.value or 0.0, default=None)
+        return next(iter(self.ranked(mode)), None)
 
     def _write(self, event: dict[str, Any]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +85,8 @@ class Journal:
         elif "rung" in event:
             self.trials[number].rungs[event["rung"]] = event["value"]
         else:
-            self.trials[number].status, self.trials[number].value = event["status"], event["value"]
+            trial = self.trials[number]
+            trial.status, trial.value, trial.values = event["status"], event["value"], event["values"]
 
 
 def _complete_lines(path: Path) -> list[dict[str, Any]]:

@@ -1,5 +1,6 @@
 """Writes what Ray Tune's trials report into the sweep's journal, and closes their MLflow runs."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from ray.tune import Callback, Stopper
@@ -7,7 +8,7 @@ from ray.tune import Callback, Stopper
 from raymed.train.job import Job
 from raymed.tune.journal import Journal
 from raymed.tune.search import TIME
-from raymed.tune.sweep import Trials
+from raymed.tune.trials import Trials
 
 
 class Recorder(Callback):
@@ -34,32 +35,25 @@ class Recorder(Callback):
 
     def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Finished by itself, or stopped by ASHA."""
-        if self.job.interrupted():
+        if self.job.over():
             return  # cut off where it stood: the next run of the command continues it
         result = trial.last_result
         finished = bool(result.get("finished"))
         if not finished:
             self.trials.outbox(trial.config["number"]).tags({"raymed.stopped_at_evaluation": str(result[TIME])})
         self._close(trial, "FINISHED")
-        self._end(trial, "finished" if finished else "stopped", result[self.trials.metric])
+        self._end(trial, "finished" if finished else "stopped", result[self.trials.metric], result["values"])
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Failed for good; the sweep goes on without it."""
         self._close(trial, "FAILED")
         self._end(trial, "failed", None)
 
-    def _end(self, trial: Any, status: Any, value: float | None) -> None:
-        number = trial.config["number"]
-        self.journal.end(number, status, value)
+    def _end(self, trial: Any, status: Any, value: float | None, values: Sequence[float] = ()) -> None:
+        self.journal.end(trial.config["number"], status, value, values)
         done = sum(t.status != "running" for t in self.journal.trials.values())
-        params = "  ".join(f"{k.rsplit('.', 1)[-1]} {_short(v)}" for k, v in trial.config["params"].items())
-        shown = "" if value is None else f"  {self.trials.metric} {value:.4f}"
-        print(f"trial {number:3d} {status:8s}{shown}  {params}  ({done} of {self.total})", flush=True)
-
-    @property
-    def total(self) -> int:
-        """Trials in the whole sweep."""
-        return self.job.config.sweep.num_trials
+        told = line(self.journal, trial.config["number"], self.trials.metric)
+        print(f"{told}  ({done} of {self.job.config.sweep.num_trials})", flush=True)
 
     def _close(self, trial: Any, status: Any) -> None:
         """Before the journal says that the trial has ended, since nobody looks at it again then."""
@@ -69,8 +63,8 @@ class Recorder(Callback):
                 outbox.close(status)
 
 
-class WhenInterrupted(Stopper):
-    """Ends the whole sweep after Ctrl-C."""
+class WhenOver(Stopper):
+    """Ends the whole sweep after Ctrl-C, or when the budget is used up."""
 
     def __init__(self, job: Job):
         self.job = job
@@ -82,7 +76,15 @@ class WhenInterrupted(Stopper):
         return False
 
     def stop_all(self) -> bool:
-        return self.job.interrupted()
+        return self.job.over()
+
+
+def line(journal: Journal, number: int, metric: str) -> str:
+    """What a person reads of a trial that has ended."""
+    trial = journal.trials[number]
+    params = "  ".join(f"{k.rsplit('.', 1)[-1]} {_short(v)}" for k, v in trial.params.items())
+    shown = "" if trial.value is None else f"  {metric} {trial.value:.4f}"
+    return f"trial {number:3d} {trial.status:8s}{shown}  {params}"
 
 
 def _short(value: Any) -> str:

@@ -1,11 +1,12 @@
-"""One Ray cluster of two CPUs a test module, which keeps everything in temporary folders."""
+"""One Ray cluster of two CPUs for all tests here, which keeps everything in temporary folders. A second one in the same
+process would not start: Ray reads its token only once."""
 
 import pytest
 
 from raymed.train.cluster import connected
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def ray_cluster(tmp_path_factory):
     """Ray is up."""
     with pytest.MonkeyPatch.context() as patch:

@@ -40,7 +40,7 @@ def test_pixels_hashes_and_no_second_decoding(files, tmp_path, reads):
     for i, file in enumerate(files):
         pixels = np.asarray(Image.open(file.path))
         np.testing.assert_array_equal(array[i, ..., 0], pixels)
-        assert decoded.hashes[i] == content_hash(pixels)
+        assert decoded.hashes[i] == content_hash(pixels) and decoded.shapes[i] == (16, 16)
     reads.clear()
     assert decode(files, Preprocess(), tmp_path / "cache") == decoded and reads == []
     assert len(list((tmp_path / "cache").iterdir())) == 2
@@ -70,6 +70,7 @@ def test_unreadable_images_are_all_collected(files, tmp_path):
     assert set(decoded.problems) == {2, 7, 12}
     assert decoded.problems[12] == "there is no such file"
     assert [i for i, h in enumerate(decoded.hashes) if h is None] == [2, 7, 12]
+    assert [i for i, shape in enumerate(decoded.shapes) if not shape] == [2, 7, 12]
     assert (np.load(decoded.path)[[2, 7, 12]] == 0).all() and np.load(decoded.path)[11].any()
 
 
@@ -83,7 +84,8 @@ def test_images_of_several_sizes_need_a_stated_one(files, tmp_path):
     with pytest.raises(UserError, match=r"preprocess.size is not stated.*10 x 20, 16 x 16"):
         decode(files, Preprocess(), tmp_path / "cache")
     assert list((tmp_path / "cache").iterdir()) == []
-    assert np.load(decode(files, Preprocess(size=24), tmp_path / "cache").path).shape == (12, 24, 24, 1)
+    decoded = decode(files, Preprocess(size=24), tmp_path / "cache")
+    assert np.load(decoded.path).shape == (12, 24, 24, 1) and decoded.shapes[3:5] == ((16, 16), (10, 20))
     with pytest.raises(UserError, match="10 x 20"):
         decode([files[4]], Preprocess(), tmp_path / "cache")
 

@@ -77,6 +77,40 @@ def test_frames(read):
     assert "row 2: the frame '0' is no whole number from 1" in message(read, text.replace(",2", ",0"))
 
 
+def test_masks_and_boxes(read, tmp_path):
+    text = "image,label,Mask,boxes\na.png,sick,m/a.png,1 2 3 4\nb.png,well,,0 0 9.5 8; 1 1 2 2\nc.png,well,,\n"
+    manifest = read(text, root=str(tmp_path / "images"))
+    masks = manifest.table["mask"].tolist()
+    assert masks[0].path == tmp_path / "images" / "m" / "a.png" and masks[1:] == [None, None]
+    assert manifest.table["box"].tolist() == [((1, 2, 3, 4),), ((0, 0, 9.5, 8), (1, 1, 2, 2)), ()]
+    assert manifest.notes == [
+        "mask: column 'Mask', by its name (--data.mask '' to leave it unused)",
+        "box: column 'boxes', by its name (--data.box '' to leave it unused)",
+        "box has no effect where there is a mask",
+    ]
+    unused = read(text, mask="", box="")
+    assert not {"mask", "box"} & set(unused.table) and unused.notes == []
+    framed = read("image,label,frame,mask\na.nii,sick,3,m.nii\nb.nii,well,,n.nii\n").table["mask"]
+    assert [mask.frame for mask in framed] == [3, None]
+    assert "did you mean --data.mask Mask?" in message(read, text, mask="masks")
+
+
+@pytest.mark.parametrize(
+    "box", ["1 2 3", "1 2 3 4 5", "a 2 3 4", "3 2 1 4", "1 4 3 4", "nan 1 2 3", "0.45 0.5 0.6 0.7", "1 2 3 4;", "1;2"]
+)
+def test_boxes_that_are_none(read, box):
+    text = f"image,label,box\na.png,sick,{box}\nb.png,well,\n"
+    assert (
+        f"row 1: the box {box!r} is not 'x0 y0 x1 y1' in pixels with x0 < x1 and y0 < y1, several separated by ';'"
+        in message(read, text)
+    )
+
+
+def test_what_the_card_repeats_is_not_stated_until_it_is():
+    config = DataConfig(modality="HSG")
+    assert (config.modality, config.body_part, config.licence, config.source) == ("HSG", *["not stated"] * 3)
+
+
 def test_archive_with_published_names(tmp_path):
     rng = np.random.default_rng(0)
     arrays = {}

@@ -103,8 +103,8 @@ def test_occlusion_takes_the_plume_away_on_its_side(view, side):
     other = {"left": "right", "right": "left"}[side]
     missing, missing_on_other, gained_on_other = [], [], []
     for patient in range(30):
-        patent, ends = hsg(patient, view, "none")
-        occluded, same_ends = hsg(patient, view, side)
+        patent, ends, _ = hsg(patient, view, "none")
+        occluded, same_ends, _ = hsg(patient, view, side)
         assert ends == same_ends
         lost = patent.astype(int) - occluded
         here, there = (np.hypot(x - ends[s][0], y - ends[s][1]) < 0.2 * SIZE for s in (side, other))
@@ -114,6 +114,33 @@ def test_occlusion_takes_the_plume_away_on_its_side(view, side):
     assert np.mean(np.array(missing) >= 10) >= 0.9 and np.median(missing) > 60  # pixels of 1134
     assert np.median(missing_on_other) < 0.3 * np.median(missing)
     assert np.mean(gained_on_other) > 0  # what cannot leave here leaves there
+
+
+@pytest.mark.parametrize("view", ["early", "late"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_box_holds_what_the_occlusion_changes_on_its_side(view, side):
+    """Most of what differs from the same patient with patent tubes, in a small part of the image."""
+    y, x = np.mgrid[:SIZE, :SIZE] + 0.5
+    half = x < SIZE / 2 if side == "left" else x > SIZE / 2
+    shares, areas = [], []
+    for patient in range(30):
+        patent, _, none = hsg(patient, view, "none")
+        occluded, ends, (x0, y0, x1, y1) = hsg(patient, view, side)
+        assert none is None and 0 <= x0 < ends[side][0] < x1 <= SIZE and 0 <= y0 < ends[side][1] < y1 <= SIZE
+        changed = (np.abs(patent.astype(int) - occluded) > 12) & half
+        inside = (x0 <= x) & (x < x1) & (y0 <= y) & (y < y1)
+        shares.append(changed[inside].sum() / max(changed.sum(), 1))
+        areas.append(inside.mean())
+    assert np.median(shares) > 0.6 and max(areas) < 0.15 and np.median(areas) < 0.08
+
+
+def test_boxes_stand_in_the_table(phantoms):
+    table, _ = phantoms
+    assert ((table["box"] == "") == (table["side"] == "none")).all()
+    boxes = table.loc[table["side"] != "none", "box"].str.split(" ", expand=True).astype(float)
+    assert boxes.shape == (120, 4) and boxes.stack().between(0, SIZE).all()
+    middle = (boxes[0] + boxes[2]) / 2
+    assert ((middle < SIZE / 2) == (table.loc[middle.index, "side"] == "left")).all()
 
 
 def test_patent_tubes_show_contrast_at_their_end(phantoms):
@@ -139,12 +166,13 @@ def test_late_view_is_another_picture_of_the_same_patient():
 
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_size_scales_the_same_scene(size):
-    large, ends = hsg(5, "late", "left", size=256)
-    small, small_ends = hsg(5, "late", "left", size=size)
+    large, ends, box = hsg(5, "late", "left", size=256)
+    small, small_ends, small_box = hsg(5, "late", "left", size=size)
     assert small.shape == (size, size)
     scale = size / 256
     for side in ends:
         assert np.allclose((np.array(ends[side]) + 0.5) * scale - 0.5, small_ends[side])
+    assert np.allclose(np.array(box) * scale, small_box, atol=0.11)
     blocks = large.reshape(size, 256 // size, size, 256 // size).mean((1, 3))
     assert np.corrcoef(blocks.ravel(), small.ravel())[0, 1] > 0.8
 
@@ -176,6 +204,17 @@ def test_half_written_folder_is_written_again(tmp_path, damage):
     named = {"image": [image], "manifest": [folder / "manifest.csv"], "record": [folder / "phantoms.json"]}
     for path in named.get(damage, [folder / name for name in whole] if damage == "all" else []):
         path.unlink()
+    write_hsg(folder, 6, size=32)
+    assert files(folder) == whole
+
+
+def test_a_set_of_an_older_version_is_written_again(tmp_path):
+    folder = tmp_path / "set"
+    write_hsg(folder, 6, size=32)
+    whole = files(folder)
+    record = json.loads((folder / "phantoms.json").read_text())
+    (folder / "phantoms.json").write_text(json.dumps(record | {"version": 1}))
+    (folder / "manifest.csv").write_text("as of then")
     write_hsg(folder, 6, size=32)
     assert files(folder) == whole
 

@@ -60,6 +60,36 @@ def test_channels():
     assert Preprocess(size=20, channels=3).to_array(WIDE).shape == (20, 20, 3)
 
 
+@pytest.mark.parametrize("fit", ["letterbox", "crop", "stretch"])
+@pytest.mark.parametrize("size", [16, 37, 120])
+@pytest.mark.parametrize("shape", [(64, 64), (40, 93), (71, 30)])
+def test_a_region_goes_where_its_pixels_go(fit, size, shape):
+    """Drawn as an image, the region is resampled with antialiasing: the two agree but for the pixels at its border."""
+    preprocess = Preprocess(size=size, fit=fit)
+    y, x = np.mgrid[: shape[0], : shape[1]]
+    mask = np.hypot((y - 0.55 * shape[0]) / shape[0], (x - 0.4 * shape[1]) / shape[1]) < 0.3
+    region = preprocess.to_region(mask)
+    image = preprocess.to_array(np.where(mask, 255, 0).astype(np.uint8))[..., 0].astype(float)
+    assert region.shape == (size, size) and region.dtype == bool
+    assert region[image > 250].all() and not region[image < 5].any()
+    assert abs(region.sum() - image.sum() / 255) < 0.05 * region.sum() + 4
+    centres = [np.array([(w * axis).sum() / w.sum() for axis in np.mgrid[:size, :size]]) for w in (region, image)]
+    assert np.abs(centres[0] - centres[1]).max() < 0.35
+
+
+def test_a_region_by_hand():
+    mask = np.zeros((20, 40), bool)
+    mask[4:8, 30:40] = True
+    box = np.zeros((20, 20), bool)
+    box[5 + 2 : 5 + 4, 15:20] = True
+    np.testing.assert_array_equal(Preprocess(size=20).to_region(mask), box)
+    np.testing.assert_array_equal(Preprocess(size=20, fit="stretch").to_region(mask), mask[:, ::2])
+    assert not Preprocess(size=20, fit="crop").to_region(mask).any()  # lies in what is cropped away
+    np.testing.assert_array_equal(Preprocess().to_region(mask), mask)
+    larger = Preprocess(size=40, fit="stretch").to_region(mask)
+    np.testing.assert_array_equal(larger, mask.repeat(2, axis=0))
+
+
 def test_normalise_each_image():
     contrast = torch.tensor([0.1, 0.5, 1, 1])[:, None, None, None]
     image = contrast * torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

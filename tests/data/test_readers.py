@@ -12,7 +12,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
-from raymed.data.readers import ImageFile, ImageProblem, content_hash, read
+from raymed.data.readers import ImageFile, ImageProblem, content_hash, read, read_mask
 
 GREY8 = np.arange(48, dtype=np.uint8).reshape(6, 8)
 GREY16 = (np.arange(48, dtype=np.uint16) * 1000).reshape(6, 8)
@@ -244,3 +244,38 @@ def test_content_hash_sees_shape_and_depth():
     hashes = {content_hash(a) for a in (GREY8, GREY8.reshape(8, 6), GREY8.astype(np.uint16), GREY8[:, ::-1])}
     assert len(hashes) == 4
     assert content_hash(np.asfortranarray(GREY8)) == content_hash(GREY8)
+
+
+def test_masks(tmp_path):
+    """Any value but the lowest is inside; one value everywhere is fine."""
+    mask = np.zeros((6, 8), bool)
+    mask[1:4, 2:7] = True
+    for name, pixels in {
+        "binary.png": Image.fromarray(mask),
+        "ones.png": Image.fromarray(mask.astype(np.uint8)),
+        "labels.tif": Image.fromarray(np.where(mask, GREY8 + 1, 0).astype(np.uint16)),
+        "colour.png": Image.fromarray(np.where(mask, 200, 0).astype(np.uint8)[..., None] * np.uint8([0, 1, 0])),
+    }.items():
+        pixels.save(tmp_path / name)
+        np.testing.assert_array_equal(read_mask(tmp_path / name), mask, strict=True)
+    np.testing.assert_array_equal(read_mask(tmp_path / "ones.png", frame=3), mask)
+    Image.fromarray(np.zeros((6, 8), np.uint8)).save(tmp_path / "empty.png")
+    assert not read_mask(tmp_path / "empty.png").any()
+    volume = np.zeros((8, 6, 3), np.uint8)
+    volume[..., 1] = 5 * mask.T
+    nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / "mask.nii.gz")
+    np.testing.assert_array_equal(read_mask(tmp_path / "mask.nii.gz", frame=2), mask)
+    assert not read_mask(tmp_path / "mask.nii.gz", frame=1).any()
+
+
+def test_masks_that_are_none(tmp_path):
+    def reason(name):
+        with pytest.raises(ImageProblem) as info:
+            read_mask(tmp_path / name)
+        return str(info.value)
+
+    Image.fromarray(GREY8).save(tmp_path / "mask.jpg")
+    assert reason("mask.jpg") == "a JPEG blurs the borders of a mask: store it as PNG"
+    (tmp_path / "cut.png").write_bytes(b"\x89PNG but no more")
+    assert "not an image" in reason("cut.png")
+    assert reason("none.png") == "there is no such file" and reason(".") == "is a folder"

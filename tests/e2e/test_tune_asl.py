@@ -1,4 +1,4 @@
-"""A sweep that is killed half-way and started again, with another comment in its source, goes on."""
+"""A sweep that is killed in every one of its phases and started again goes on, and repeats nothing that is finished."""
 
 import json
 import signal
@@ -6,98 +6,201 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from home import TINY, wait_for
+from home import TINY, Home, wait_for
 
 pytestmark = pytest.mark.ray
-NUM_TRIALS = 8
-COMMAND = (*TINY, f"--sweep.num-trials={NUM_TRIALS}", "--sweep.at-once=2", "--name=sweep")
+NUM_TRIALS = 12
+COMMAND = (*TINY, *f"--sweep.num-trials {NUM_TRIALS} --sweep.generation 6 --seeds 1 2 --finals.finalists 1".split())
+COMMAND += ("--finals.seeds", "11", "12", "--name=sweep")
 
 
-def _events(home) -> list[dict]:
-    path = home.storage / "runs" / "sweep" / "sweep.jsonl"
+def _run(home: Home) -> Path:
+    return home.storage / "runs" / "sweep"
+
+
+def _events(home: Home, name: str = "sweep") -> list[dict]:
+    path = home.storage / "runs" / name / "sweep.jsonl"
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _ended(home) -> list[int]:
-    return [event["trial"] for event in _events(home) if "status" in event]
+def _rungs(home: Home, name: str) -> dict[tuple[int, int], float]:
+    return {(e["trial"], e["rung"]): e["value"] for e in _events(home, name) if "rung" in e}
 
 
-def _results(home) -> dict[Path, int]:
-    return {path: path.stat().st_mtime_ns for path in (home.storage / "runs" / "sweep").glob("**/result.json")}
+def _finished(home: Home) -> dict[Path, int]:
+    """Whatever is written once and for all -> when."""
+    results = [path for path in _run(home).glob("**/result.json") if "tune" not in path.parts]
+    files = [*results, *home.storage.glob("cache/features-*.npy")]
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+PHASES = {
+    "encoder": lambda home: list(_run(home).glob("encoder/*/checkpoints/supcon/index.json")),
+    "features": lambda home: list(home.storage.glob("cache/features-*.npy")),
+    "heads": lambda home: [event for event in _events(home) if "status" in event],
+    "finals": lambda home: list(_run(home).glob("finals/*/*/result.json")),
+    "report": lambda home: (_run(home) / "report.html").exists(),
+}
+"""What is there once a phase has begun."""
 
 
 @pytest.fixture(scope="module")
 def sweep(home):
-    """The sweep, killed after two trials and finished by the second command: what stood there at the kill."""
-    first = home.start("tune_asl", *COMMAND)
-    wait_for(lambda: len(_ended(home)) >= 2 or first.poll() is not None, 180, "two ended trials")
-    first.send_signal(signal.SIGKILL)
-    output, _ = first.communicate(timeout=30)
-    assert first.returncode == -signal.SIGKILL, output
-    wait_for(lambda: not home.processes(), 30, "end of Ray's processes after that of their driver")
-    killed = {"ended": _ended(home), "results": _results(home), "events": _events(home)}
-    home.edit_source()
-    killed["output"] = home.run("tune_asl", *COMMAND)
-    return killed
+    """The sweep, killed in every phase: what stood there after each kill, and what the last command printed."""
+    killed = {}
+    for phase, has_begun in PHASES.items():
+        process = home.start("tune_asl", *COMMAND)
+        wait_for(lambda has_begun=has_begun: has_begun(home) or process.poll() is not None, 120, f"phase {phase}")  # noqa: B023
+        process.send_signal(signal.SIGKILL)
+        output, _ = process.communicate(timeout=30)
+        assert process.returncode == -signal.SIGKILL, output
+        wait_for(lambda: not home.processes(), 30, "end of Ray's processes after that of their driver")
+        killed[phase] = {"finished": _finished(home), "events": _events(home)}
+        home.edit_source()
+    return killed, home.run("tune_asl", *COMMAND)
 
 
-def test_the_kill_came_half_way(sweep):
-    assert 2 <= len(sweep["ended"]) < NUM_TRIALS
-    assert any("/encoder/" in str(path) for path in sweep["results"])
+def test_the_kills_came_where_they_should(home, sweep):
+    killed, _ = sweep
+    assert not [e for e in killed["features"]["events"] if "status" in e]
+    assert 1 <= len([e for e in killed["heads"]["events"] if "status" in e])
+    finals = [path for path in killed["finals"]["finished"] if "finals" in path.parts]
+    assert 1 <= len(finals) < 4
+    assert len([path for path in killed["report"]["finished"] if "finals" in path.parts]) == 4
 
 
-def test_every_trial_ends_once_and_no_finished_one_is_repeated(home, sweep):
-    assert Counter(_ended(home)) == dict.fromkeys(range(NUM_TRIALS), 1)
-    assert _events(home)[: len(sweep["events"])] == sweep["events"]
-    now = _results(home)
-    done = {path: time for path, time in sweep["results"].items() if _is_done(path, sweep["ended"])}
-    assert done
-    assert {path: now[path] for path in done} == done
-
-
-def _is_done(path: Path, ended: list[int]) -> bool:
-    return "encoder" in path.parts or any(f"trial-{number:04d}" in path.parts for number in ended)
+def test_nothing_that_was_finished_is_repeated(home, sweep):
+    killed, _ = sweep
+    now = _finished(home)
+    for phase in PHASES:
+        before = killed[phase]["finished"]
+        assert {path: now[path] for path in before} == before, phase
+        events = killed[phase]["events"]
+        assert json.dumps(_events(home)[: len(events)]) == json.dumps(events), phase
+    assert Counter(e["trial"] for e in _events(home) if "status" in e) == dict.fromkeys(range(NUM_TRIALS), 1)
+    assert len(list(home.storage.glob("cache/features-*.npy"))) == 4  # an encoder a seed, of search and finals
 
 
 def test_every_trial_reports_every_rung_up_to_its_end(home, sweep):
     events = _events(home)
-    for number in range(NUM_TRIALS):
-        rungs = [event["rung"] for event in events if event["trial"] == number and "rung" in event]
-        assert rungs == list(range(1, len(rungs) + 1)) and rungs
+    reached = {n: [e["rung"] for e in events if e["trial"] == n and "rung" in e] for n in range(NUM_TRIALS)}
+    status = {e["trial"]: e["status"] for e in events if "status" in e}
+    for number, rungs in reached.items():
+        assert rungs == list(range(1, len(rungs) + 1))
+        assert (len(rungs) == 8) == (status[number] == "finished")
+    assert status[0] == "finished" and Counter(status.values())["stopped"] >= 4
 
 
-def test_mlflow_shows_one_sweep_with_nested_trials_and_seeds_all_finished(home, sweep):
+def test_mlflow_shows_one_sweep_with_its_trials_and_finals_all_finished(home, sweep):
     from mlflow import MlflowClient
 
     client = MlflowClient(f"sqlite:///{home.storage}/mlflow/mlflow.db")
     experiment = client.get_experiment_by_name("raymed")
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     names = Counter(run.info.run_name for run in runs.values())
+    encoders = [f"encoder/seed-{seed}" for seed in (1, 2, 11, 12)]
+    summary = json.loads((_run(home) / "summary.json").read_text())
+    methods = [method.replace(" ", "-") for method in summary["figures"]]
+    finals = [f"finals/{method}-seed-{seed}" for method in methods for seed in (11, 12)]
     trials = [f"trial-{number:04d}" for number in range(NUM_TRIALS)]
-    expected = dict.fromkeys(["encoder/seed-2023", *trials], "sweep") | {f"{t}-seed-2023": t for t in trials}
-    assert names == dict.fromkeys(["sweep", *expected], 1)
+    assert names == dict.fromkeys(["sweep", *encoders, *trials, *finals], 1)
     assert {run.info.status for run in runs.values()} == {"FINISHED"}
-    tags = {run.info.run_name: run.data.tags for run in runs.values() if run.info.run_name != "sweep"}
-    assert {name: runs[tag["mlflow.parentRunId"]].info.run_name for name, tag in tags.items()} == expected
+    (sweep_id,) = (run_id for run_id, run in runs.items() if run.info.run_name == "sweep")
+    parents = {run.data.tags.get("mlflow.parentRunId") for run_id, run in runs.items() if run_id != sweep_id}
+    assert parents == {sweep_id}
     for run in runs.values():
         for metric in run.data.metrics:
             steps = [point.step for point in client.get_metric_history(run.info.run_id, metric)]
             assert len(steps) == len(set(steps)), (run.info.run_name, metric)
 
 
+def test_trials_do_not_see_the_test_split(home, sweep):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{home.storage}/mlflow/mlflow.db")
+    experiment = client.get_experiment_by_name("raymed")
+    trials = client.search_runs([experiment.experiment_id], "attributes.run_name LIKE 'trial-%'")
+    assert len(trials) == NUM_TRIALS
+    assert not [name for run in trials for name in run.data.metrics if "test" in name]
+    assert all("seed-1/val/auprc" in run.data.metrics and "val/auprc" in run.data.metrics for run in trials)
+
+
 def test_the_report_is_complete(home, sweep):
-    last = sweep["output"].strip().splitlines()[-1]
+    last = sweep[1].strip().splitlines()[-1]
     summary = json.loads(Path(last.removeprefix("summary: ")).read_text())
 
     assert summary["job"] == "tune_asl"
     assert summary["sweep"]["num_trials"] == NUM_TRIALS
-    finished = {e["trial"]: e["value"] for e in _events(home) if e.get("status") == "finished"}
-    assert summary["sweep"]["best_trial"] == max(finished, key=finished.__getitem__)
-    assert summary["best"] == f"trial {summary['sweep']['best_trial']}"
-    assert set(summary["sweep"]["best_params"]) >= {"losses.asl.gamma_neg", "losses.asl.clip"}
-    assert 0 <= summary["figures"][summary["best"]]["test"]["auroc"]["mean"] <= 1
-    assert (Path(summary["paths"]["model"]) / "model.safetensors").is_file()
+    best = {e["trial"]: e["value"] for e in _events(home) if e.get("status") == "finished"}
+    rivals = {number: value for number, value in best.items() if number}
+    finalist = f"trial {max(rivals, key=rivals.__getitem__)}"
+    assert set(summary["figures"]) == {"default", finalist}
+    means = {name: figure["val"]["auprc"]["mean"] for name, figure in summary["figures"].items()}
+    assert summary["best"] == max(means, key=means.__getitem__)
+    assert "cannot tell" in summary["sentence"]  # two seeds
+    assert f"{NUM_TRIALS} configurations were tried" in summary["sentence"] and summary["test_openings"] == 1
+    assert summary["inside"][finalist]["box_alignment"]["num_patients"] > 5
+    page = (_run(home) / "report.html").read_text()
+    assert summary["sentence"].split(";")[0][:60] in page and "2 generations of 6" in page
     figures = Path(summary["paths"]["figures"])
-    for name in ("sweep", "pr_roc", "calibration", "training", "grad_cam"):
+    for name in ("pr_roc", "calibration", "training", "grad_cam"):
         assert (figures / f"{name}.png").stat().st_size > 5000
+
+
+def test_rays_own_tools_read_the_trials(home, sweep):
+    ray_tune = pytest.importorskip("ray.tune")
+    analysis = ray_tune.ExperimentAnalysis(str(_run(home) / "tune"))
+    values = {e["trial"]: e["value"] for e in _events(home) if "status" in e}
+    assert len(analysis.trials) == NUM_TRIALS
+    for trial in analysis.trials:
+        assert trial.last_result["auprc"] <= values[int(trial.trial_id.removeprefix("trial-"))] + 1e-12
+
+
+def test_the_winner_is_registered_once_and_gives_its_own_probabilities(home, sweep):
+    import numpy as np
+    from mlflow import MlflowClient
+
+    from raymed.bundle import Bundle
+    from raymed.tasks.predictor import Predictor
+
+    summary = json.loads((_run(home) / "summary.json").read_text())
+    client = MlflowClient(f"sqlite:///{home.storage}/mlflow/mlflow.db")
+    (model,) = client.search_registered_models()
+    assert model.name == summary["registered"]["name"]
+    assert set(model.aliases) == {"candidate"}  # nobody has said what it is for
+    assert len(client.search_model_versions(f"name='{model.name}'")) == 1
+    bundle = Bundle.load(Path(summary["paths"]["model"]))
+    method, seed = summary["best"].replace(" ", "-"), bundle.provenance["seed"]
+    kept = np.load(_run(home) / "finals" / method / f"seed-{seed}" / "predictions.npz")
+    from PIL import Image
+
+    folder = home.storage / "phantoms" / "hsg-64"
+    manifest = (folder / "manifest.csv").read_text().splitlines()
+    column = manifest[0].split(",").index("image")
+    paths = [folder / manifest[row].split(",")[column] for row in kept["test_rows"]]
+    found = Predictor.from_bundle(bundle)([np.asarray(Image.open(path)) for path in paths])
+    assert [p.raw_probability for p in found] == pytest.approx(kept["test_scores"].tolist(), abs=1e-6)
+
+
+def test_ordinary_tune_trials_reach_the_same_rungs(home, sweep):
+    """The same configurations through Ray Tune, one trial an actor, cut by Ray's own scheduler."""
+    replay = home.storage / "runs" / "replay"
+    replay.mkdir()
+    chosen = [event for event in _events(home) if "params" in event]
+    (replay / "sweep.jsonl").write_text("".join(json.dumps(event) + "\n" for event in chosen))
+    options = ("--sweep.no-batched", "--sweep.at-once=2", "--finals.seeds", "11", "--register.no-register")
+    home.run("tune_asl", *COMMAND[: COMMAND.index("--finals.seeds")], *options, "--name=replay")
+    banked, alone = (_rungs(home, name) for name in ("sweep", "replay"))
+    both = sorted(banked.keys() & alone.keys())
+    assert len(both) >= 2 * NUM_TRIALS and {(n, r) for n, r in both if n == 0} == {(0, r) for r in range(1, 9)}
+    assert [banked[key] for key in both] == pytest.approx([alone[key] for key in both], abs=1e-6)
+
+
+def test_a_budget_that_is_used_up_ends_with_a_report(home, sweep):
+    output = home.run("tune_asl", *COMMAND[:-1], "--name=short", "--time-budget=1s")
+
+    summary = json.loads(Path(output.strip().splitlines()[-1].removeprefix("summary: ")).read_text())
+    assert summary["ended_early"] == "the time budget of 1s is used up (--time-budget)"
+    assert summary["figures"] == {} and "cannot tell" in summary["sentence"]
+    assert "used up" in (home.storage / "runs" / "short" / "report.html").read_text()

@@ -6,7 +6,7 @@ from PIL import Image
 from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
-from raymed.report import calibration, cam_panel, figures, pr_roc, sweep_figure, training_curves
+from raymed.report import calibration, cam_panel, figures, pr_roc, training_curves
 from raymed.report.style import BLUE, DPI, GREEN, ORANGE, VERMILION
 
 FIGURE = {"mean": 0.9, "std": None, "n": 1, "ci_low": 0.85, "ci_high": 0.95}
@@ -100,24 +100,6 @@ def test_cam_panel_shows_colour_images(tmp_path):
     assert area(picture(tmp_path / "cam.png"), "#ff0000") > 50_000  # also under a map of zero
 
 
-def test_sweep_figure(tmp_path):
-    random = np.random.default_rng(0)
-    trials = [
-        {"params": {"lr": lr, "balanced": i % 2 == 0, "clip": 0.1 * i}, "value": 0.9 - lr, "stopped": i > 15}
-        for i, lr in enumerate(10 ** random.uniform(-4, -1, 20))
-    ]
-    trials += [{"params": {"lr": 0.1, "balanced": None, "clip": 0.0}, "value": None, "stopped": True}]
-    trials += [{"params": {"lr": 0.01, "head": "mlp"}, "value": 0.95, "stopped": False}]  # best; a conditional space
-    sweep_figure(tmp_path / "sweep.png", trials, "validation AUPRC", log=["lr"])
-    pixels = picture(tmp_path / "sweep.png")
-    star = area(pixels, VERMILION)
-    assert star > 100
-    assert pixels.shape[0] > 5 * DPI  # four hyper-parameters, three a row
-    sweep_figure(tmp_path / "sweep.png", trials, "validation loss", maximise=False, log=["lr"])
-    # The best was in two panels and the legend; the one that is best now is in three.
-    assert area(picture(tmp_path / "sweep.png"), VERMILION) == pytest.approx(star * 4 / 3, rel=0.05)
-
-
 def test_training_curves(tmp_path):
     steps = np.arange(500)
     noisy = np.exp(-steps / 100) + 0.1 * np.random.default_rng(0).normal(size=500)
@@ -139,3 +121,13 @@ def test_running_mean_is_centred():
     steps, values = line.get_data()
     assert np.abs(values - 2 * steps).max() <= 1  # half a step, where the window is even
     assert len(steps) == 303 - 12 + 1
+
+
+def test_good_curves_are_shown_again_from_nearby(tmp_path):
+    curves = {"ce": [example(0)]}
+    areas = []
+    for mean in (0.90, 0.97):
+        figure = {metric: FIGURE | {"mean": mean} for metric in ("auroc", "auprc")}
+        pr_roc(tmp_path / "curves.png", curves, {"ce": figure})
+        areas.append(area(picture(tmp_path / "curves.png"), BLUE))
+    assert areas[1] > 1.1 * areas[0]

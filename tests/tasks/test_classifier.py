@@ -72,8 +72,9 @@ def test_a_method_is_its_phases_and_its_loss(method, recipe, data):
         assert phases[0].monitor is None and phases[0].balanced and phases[0].task.networks().keys() == {"contrastive"}
 
 
-def test_six_methods():
-    assert set(METHODS) == {"ce", "focal", "asl", "supcon_ce", "supcon_focal", "supcon_asl"}
+def test_every_loss_is_two_methods():
+    assert {"ce", "focal", "asl", "supcon_ce", "supcon_focal", "supcon_asl"} <= set(METHODS)
+    assert set(METHODS) == {*LOSSES, *(f"supcon_{name}" for name in LOSSES)}
     with pytest.raises(UserError, match="did you mean 'supcon_asl'"):
         ClassifierRecipe(method="supconasl")
 

@@ -1,5 +1,6 @@
 """The networks of a phase: who is in training, who is frozen, and where weights come from."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from torch import nn
 from raymed.config import UserError
 from raymed.tasks.task import Ema, Network, Optim, Phase, Task
 from raymed.train.compute import Compute
-from raymed.train.nets import Networks
+from raymed.train.nets import Networks, _Mode
 
 COMPUTE = Compute(channels_last=False)
 
@@ -137,3 +138,20 @@ def test_a_part_that_does_not_fit_is_explained(manifest, data, phases):
         target.load_part("encoder", wide, Path("DIR"))
     with pytest.raises(UserError, match="no network has a part 'decoder'; there are encoder, head"):
         target.load_part("decoder", grouped, Path("DIR"))
+
+
+class Frozen(torch.nn.BatchNorm1d):
+    """A layer that never trains, as some pretrained networks have them."""
+
+    def train(self, mode: bool = True):
+        return super().train(False)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.BatchNorm1d(3), Frozen(3)], ids=["plain", "own train()"])
+def test_the_mode_is_set_as_train_and_eval_do(layer):
+    module, twin = (torch.nn.Sequential(torch.nn.Linear(3, 3), copy.deepcopy(layer)) for _ in range(2))
+    mode = _Mode(module)
+    for training in (True, False, True):
+        mode.set(training)
+        twin.train(training)
+        assert [m.training for m in module.modules()] == [m.training for m in twin.modules()]

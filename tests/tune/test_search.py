@@ -1,5 +1,6 @@
 """Suggestions and early stopping are functions of the journal: a killed sweep goes on as if it had not been."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,7 +12,7 @@ from ray.tune.search import Searcher
 
 from raymed.space import Choice, Float
 from raymed.tune.journal import Journal
-from raymed.tune.search import TIME, JournalAsha, JournalSearcher
+from raymed.tune.search import TIME, JournalAsha, JournalSearcher, cut, rungs, suggest
 
 SPACE = {"x": Float(0, 1), "y": Float(1e-3, 1.0, log=True), "kind": Choice(("a", "b", None))}
 DEFAULT = {"x": 0.5, "y": 0.1, "kind": "a"}
@@ -167,3 +168,63 @@ def test_a_trial_that_is_continued_is_not_judged_twice_at_a_rung(tmp_path):
 
     assert again.result(3, 1, 0.8) == TrialScheduler.CONTINUE
     assert len(again.asha._brackets[0]._rungs[-1][1]) == 4
+
+
+def test_a_generation_is_a_function_of_those_before_it(tmp_path):
+    journal = Journal(tmp_path / "sweep.jsonl")
+    first = suggest(journal, SPACE, DEFAULT, 0, 8, 0, "max")
+    assert first[0] == DEFAULT and len(first) == 8
+    assert suggest(journal, SPACE, DEFAULT, 0, 8, 0, "max") == first
+    for number, params in enumerate(first):
+        journal.choose(number, params)
+        journal.end(number, "finished", objective(params))
+    second = suggest(journal, SPACE, DEFAULT, 8, 8, 0, "max")
+    journal.choose(8, second[0])
+    journal.end(8, "finished", objective(second[0]))  # of its own generation: not seen by the others
+    assert suggest(journal, SPACE, DEFAULT, 8, 8, 0, "max") == second
+    assert len({json.dumps(params) for params in first + second}) == 16
+    assert all(SPACE[name].contains(value) for params in second for name, value in params.items())
+
+
+def test_generations_come_closer_to_the_optimum(tmp_path):
+    means = []
+    for seed in range(4):
+        journal = Journal(tmp_path / f"{seed}.jsonl")
+        for start in range(0, 96, 32):
+            asked = suggest(journal, SPACE, DEFAULT, start, 32, seed, "max")
+            for number, params in enumerate(asked, start=start):
+                journal.choose(number, params)
+                journal.end(number, "finished", objective(params))
+        values = [trial.value for trial in journal.ended()]
+        means.append([np.mean(values[1:32]), np.mean(values[64:])])
+    first, last = np.array(means).T
+    assert (last - first).min() > 0.05
+
+
+def test_rungs():
+    assert rungs(10, 2, 3) == [2, 6]
+    assert rungs(10, 1, 3) == [1, 3, 9]
+    assert rungs(2, 2, 3) == []
+
+
+@pytest.mark.parametrize(("mode", "kept"), [("max", {0, 7, 8, 9, 10}), ("min", {0, 1, 2, 3})])
+def test_a_rung_keeps_one_in_three_and_the_default(mode, kept):
+    values = {number: 0.5 + number / 100 for number in range(11)}
+    assert set(range(11)) - set(cut(values, list(range(11)), 3, mode)) == kept
+
+
+def test_a_rung_judges_by_all_that_ever_reached_it():
+    earlier = {number: 0.9 for number in range(10)}
+    assert cut(earlier | {10: 0.5, 11: 0.95, 12: float("nan")}, [10, 11, 12], 3, "max") == [10, 12]
+
+
+def test_a_rung_cuts_below_rays_own_cutoff(tmp_path):
+    bench = Bench(Journal(tmp_path / "sweep.jsonl"))
+    values = dict(enumerate(np.random.default_rng(0).random(32).tolist()))
+    for number, value in values.items():
+        bench.journal.choose(number, {})
+        bench.start(number)
+        bench.result(number, 1, value)
+    bracket = bench.asha._brackets[0]
+    cutoff = bracket.cutoff(bracket._rungs[-1][1])
+    assert cut(values, list(values), 3, "max") == [n for n, value in values.items() if value < cutoff and n]

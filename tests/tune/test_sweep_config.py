@@ -6,7 +6,7 @@ from raymed.config import UserError, replace
 from raymed.losses import LOSSES
 from raymed.space import Choice, Float
 from raymed.tasks.classifier import ClassifierRecipe
-from raymed.tune.sweep import SweepConfig, search_space
+from raymed.tune.config import Finals, Nested, SweepConfig, check_sweep, search_space
 
 RECIPE = ClassifierRecipe(method="supcon_asl")
 
@@ -65,4 +65,35 @@ def test_one_stage_methods_sweep_the_encoder_too():
 def test_a_sweep_config_that_cannot_be_fails_when_it_is_made(changes, said):
     with pytest.raises(UserError) as error:
         SweepConfig(**changes)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "finals", "sweep", "said"),
+    [
+        ((1, 2), Finals(seeds=(2, 3)), SweepConfig(), "finals.seeds must not be seeds of the search, got [2] in both"),
+        ((1, 1), Finals(), SweepConfig(), "seeds must be different"),
+        ((1,), Finals(), SweepConfig(space=("head.optim.name=adamw|sgd",)), "add --sweep.no-batched"),
+        ((1,), Finals(), SweepConfig(grace=99), "sweep.grace must be >= 1 and <= 10, got 99"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused_before_it_starts(seeds, finals, sweep, said):
+    with pytest.raises(UserError) as error:
+        check_sweep(RECIPE, sweep, seeds, finals)
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Finals(seeds=(5, 5)), "finals.seeds must be different seeds"),
+        (lambda: Finals(seeds=()), "finals.seeds must be different seeds, at least one"),
+        (lambda: Finals(finalists=0), "finals.finalists must be >= 1"),
+        (lambda: Nested(outer=1), "nested.outer must be >= 2"),
+        (lambda: Nested(inner=1), "nested.inner must be >= 2"),
+    ],
+)
+def test_finals_and_folds_that_cannot_be(make, said):
+    with pytest.raises(UserError) as error:
+        make()
     assert said in str(error.value)

@@ -1,0 +1,102 @@
+"""The peer of jobs/bench_train.py: a training loop as one writes it for one model, in nothing but torch and numpy.
+
+Reads a folder: images.npy (N, C, H, W) uint8, labels.npy (N,), order.npy (steps, B) rows of every batch, weights.pt,
+and config.json. Imports nothing else of this project.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.shortcut = nn.Identity()
+        if stride > 1:
+            pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+            self.shortcut = nn.Sequential(pool, conv(inputs, outputs, 1), nn.BatchNorm2d(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.silu(self.bn1(self.conv1(x)), inplace=True)
+        return F.silu(self.shortcut(x) + self.bn2(self.conv2(y)), inplace=True)
+
+
+class ResNet(nn.Module):
+    def __init__(self, channels: int, widths: tuple[int, ...] = (16, 32, 64, 128)):
+        super().__init__()
+        self.stem = nn.Sequential(conv(channels, widths[0], 3), nn.BatchNorm2d(widths[0]), nn.SiLU(inplace=True))
+        before = (widths[0], *widths)
+        self.blocks = nn.Sequential(*(Block(before[k], w, 1 if k == 0 else 2) for k, w in enumerate(widths)))
+        self.linear = nn.Linear(widths[-1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.blocks(self.stem(x)).mean((2, 3))).squeeze(1)
+
+
+class PlainTraining:
+    """One training, as many steps at a time as asked for."""
+
+    def __init__(self, folder: Path, steps: int):
+        """steps: of the whole schedule."""
+        config = json.loads((folder / "config.json").read_text())
+        self.images = torch.from_numpy(np.load(folder / "images.npy"))
+        self.labels = torch.from_numpy(np.load(folder / "labels.npy")).float()
+        self.order = torch.from_numpy(np.load(folder / "order.npy"))
+        self.mean, self.std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+        self.model = ResNet(self.images.shape[1])
+        self.model.load_state_dict(torch.load(folder / "weights.pt"))
+        self.model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.parameters = list(self.model.parameters())
+        self.weights = [p.detach() for p in self.parameters]
+        self.ema = [weight.clone() for weight in self.weights]
+        self.ema_decay, self.clip = config["ema_decay"], config["clip"]
+        decayed = [p for p in self.parameters if p.ndim >= 2]
+        others = [p for p in self.parameters if p.ndim < 2]
+        groups = [{"params": decayed, "weight_decay": config["weight_decay"]}, {"params": others, "weight_decay": 0.0}]
+        self.optimizer = torch.optim.AdamW(groups, lr=config["lr"], betas=(config["momentum"], 0.999))
+        self.schedule = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer,
+            config["lr"],
+            total_steps=steps,
+            pct_start=config["warmup"],
+            base_momentum=0.85,
+            max_momentum=config["momentum"],
+        )
+        self.done = 0
+        self.losses: list[float] = []
+
+    def train(self, steps: int) -> None:
+        """So many further steps."""
+        pending = []
+        for _ in range(steps):
+            pending.append(self.step())
+            if len(pending) == 10:
+                self.losses += torch.stack(pending).tolist()
+                pending = []
+        self.losses += [loss.item() for loss in pending]
+
+    def step(self) -> Tensor:
+        rows = self.order[self.done]
+        x = (self.images[rows].float() / 255 - self.mean) / self.std
+        loss = F.binary_cross_entropy_with_logits(self.model(x), self.labels[rows])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        with torch.no_grad():
+            decay = min(self.ema_decay, (1 + self.done) / (10 + self.done))
+            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+        self.done += 1
+        return loss.detach()

@@ -1,0 +1,106 @@
+"""A connection to MLflow's registry that fails within seconds, and what is asked of it."""
+
+import logging
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from raymed.config import UserError
+from raymed.tracking.mlflow import calm_mlflow as calm_mlflow
+from raymed.tracking.mlflow import probe as probe
+from raymed.tracking.mlflow import resolve_uri as resolve_uri
+from raymed.tracking.upload import RUN_KEY
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+    from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+
+BUNDLE = Path("artifacts", "bundle")  # in a logged model
+_URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
+
+
+def connect(tracking: str | None, storage: Path) -> "MlflowClient":
+    """A client of MLflow's tracking store and registry, the same that a `Tracker` with these arguments fills.
+
+    Raises UserError when the server does not answer.
+    """
+    uri = resolve_uri(tracking or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+    calm_mlflow()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if uri.startswith("http"):
+        try:
+            probe(uri)
+        except ConnectionError as error:
+            raise UserError(f"MLflow does not answer ({error}): name the server with --tracking, or start it") from None
+    from mlflow import MlflowClient
+
+    for noisy in ("mlflow.store.db.utils", "mlflow.store.model_registry", "alembic", "mlflow.pyfunc"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def find_run(client: "MlflowClient", key: str) -> "Run":
+    """The run with this key, the oldest of several. Raises UserError when MLflow has none."""
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    where, order = f"tags.`{RUN_KEY}` = '{key}'", ["attributes.start_time ASC"]
+    runs = client.search_runs(experiments, where, max_results=1, order_by=order)
+    if not runs:
+        raise UserError(f"MLflow has no run {key}: name its store with --tracking, or start its job again to upload it")
+    return runs[0]
+
+
+def lookup(client: "MlflowClient", name: str) -> "RegisteredModel | None":
+    """A registered model, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+
+
+def alias_of(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
+    """The version that bears an alias, or None. Raises UserError for an unknown model."""
+    version = _model(client, name).aliases.get(alias)
+    return None if version is None else client.get_model_version(name, version)
+
+
+def version_of(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
+    """A version by number. Raises UserError for an unknown model or version."""
+    _model(client, name)
+    found = {int(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+    if version not in found:
+        raise UserError(f"{name} has no version {version}: it has {', '.join(map(str, sorted(found))) or 'none'}")
+    return found[version]
+
+
+def fetch_bundle(client: "MlflowClient", uri: str, into: Path) -> Path:
+    """Copy the bundle of a registered model into a folder; returns its path.
+
+    uri: models:/NAME@ALIAS or models:/NAME/VERSION. Raises UserError for another form, and for an unknown model,
+    version or alias.
+    """
+    from mlflow.artifacts import download_artifacts
+
+    parts = _URI.fullmatch(uri)
+    if parts is None:
+        raise UserError(f"a registered model is named models:/NAME@ALIAS or models:/NAME/VERSION, got {uri}")
+    name, alias, number = parts.groups()
+    version = alias_of(client, name, alias) if alias else version_of(client, name, int(number))
+    if version is None:
+        raise UserError(f"{name} has no version with the alias {alias}")
+    source = f"{client.get_model_version_download_uri(name, version.version).rstrip('/')}/{BUNDLE}"
+    into.mkdir(parents=True, exist_ok=True)
+    return Path(download_artifacts(artifact_uri=source, dst_path=str(into), tracking_uri=client.tracking_uri))
+
+
+def _model(client: "MlflowClient", name: str) -> "RegisteredModel":
+    model = lookup(client, name)
+    if model is None:
+        names = ", ".join(model.name for model in client.search_registered_models())
+        raise UserError(f"there is no registered model {name!r}: there are {names or 'none at all'}")
+    return model

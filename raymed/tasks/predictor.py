@@ -1,0 +1,304 @@
+"""What a finished classifier says of an image: probability, decision, how far to trust it, and whether it is foreign.
+
+    complete    adds to a classifier's bundle all that is learned from its validation split and features
+    Predictor   a bundle in use; the only way from pixels to an answer, in a report, a registry or a server
+
+The image goes through the same `Preprocess` as in training, and through the encoder once: its features give the logit
+and the distances of `raymed.metrics.ood`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from raymed.bundle import NOT_STATED, Bundle
+from raymed.config import UserError
+from raymed.data.dataset import DataSet
+from raymed.data.preprocess import Preprocess
+from raymed.metrics.calibration import (
+    Calibration,
+    band_figures,
+    calibrate,
+    logit_of,
+    probability_figures,
+    uncertain_band,
+)
+from raymed.metrics.ood import SCORES, FeatureDistances, fit_ood, is_foreign, separation
+from raymed.tasks.classifier import Classifier, load_classifier
+
+FILE_KINDS = ("PNG", "JPEG", "TIFF", "DICOM", "NIfTI")
+_PREFIX = "ood."  # of the distances' tensors among a bundle's extras
+_BATCH = 128
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The answer for one image. Probabilities are of the positive class."""
+
+    probability: float
+    """Calibrated."""
+    raw_probability: float
+    """Sigmoid of the logit, as it stands in training's predictions."""
+    decision: str
+    """Name of a class; with more than two, "not" and the positive one where it is not that."""
+    threshold: float
+    """On the scale of `probability`. The decision is made on the raw one, as in training, which is the same."""
+    uncertain: bool | None
+    """Inside the band where a decision is not to be trusted; None where the bundle knows no band."""
+    ood: dict[str, float | bool] | None
+    """mahalanobis, knn, foreign (`raymed.metrics.ood`); None where the bundle holds no statistics."""
+
+    def row(self) -> dict[str, Any]:
+        """All in one level, for a table."""
+        values = asdict(self)
+        return values | (values.pop("ood") or {})
+
+
+class PredictorNetwork(nn.Module):
+    """Everything between pixels and numbers as one module, as it is exported.
+
+    (B, C, size, size) float32 in [0, 1] -> (logit (B,), mahalanobis (B,), knn (B,)); without statistics (logit,).
+    """
+
+    def __init__(self, classifier: Classifier, preprocess: Preprocess, distances: FeatureDistances | None):
+        super().__init__()
+        self.encoder = classifier.encoder
+        self.head = classifier.head
+        self.preprocess = preprocess
+        self.distances = distances
+
+    def features(self, image: Tensor) -> Tensor:
+        """(B, C, size, size) -> (B, D)."""
+        return self.encoder(self.preprocess.normalise(image))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The logit and, where there are statistics, the two distances."""
+        features = self.features(image)
+        logit = self.head(features)
+        return (logit,) if self.distances is None else (logit, *self.distances(features))
+
+
+class Predictor:
+    """A "classifier" bundle in use.
+
+    Attributes: bundle; preprocess; device; network (`PredictorNetwork`, in eval mode); calibration; threshold and band
+    (low, high), on the scale of calibrated probabilities, the band None where there is none.
+    """
+
+    def __init__(self, bundle: Bundle, network: PredictorNetwork, device: torch.device):
+        from scipy.special import logit
+
+        self.bundle = bundle
+        self.preprocess = network.preprocess
+        self.device = device
+        self.network = network.to(device).eval()
+        self.calibration = _calibration(bundle)
+        band = bundle.uncertain_band
+        raw = [_threshold(bundle), *([band["low"], band["high"]] if band else [])]
+        self.threshold, *edges = (float(p) for p in self.calibration(logit(raw)))
+        self.band: tuple[float, float] | None = (edges[0], edges[1]) if edges else None
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, device: str | torch.device = "cpu") -> "Predictor":
+        """Rebuild the network. Raises UserError for a bundle of another kind, or without an operating point."""
+        classifier, preprocess = load_classifier(bundle)
+        return cls(bundle, PredictorNetwork(classifier, preprocess, load_distances(bundle)), torch.device(device))
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict decoded images, each (H, W) or (H, W, 3) uint8 or uint16 of any size.
+
+        They are to come from `raymed.data.readers.read(path, frame, window=predictor.preprocess.window)`.
+
+        Raises:
+            UserError: an image is no such array, is empty, or has one value everywhere; it is named by its place.
+        """
+        return [
+            prediction
+            for start in range(0, len(images), _BATCH)
+            for prediction in self._predict(self.input_image(images[start : start + _BATCH], start))
+        ]
+
+    def from_pixels(self, pixels: Tensor) -> list[Prediction]:
+        """Predict images that `Preprocess.to_array` has seen already: (B, C, size, size) uint8 or uint16."""
+        wanted = (self.preprocess.channels, self.preprocess.size, self.preprocess.size)
+        if pixels.ndim != 4 or pixels.shape[1:] != wanted or pixels.dtype not in (torch.uint8, torch.uint16):
+            shape = ", ".join(map(str, wanted))
+            raise UserError(f"pixels must be (B, {shape}) uint8 or uint16, got {tuple(pixels.shape)} {pixels.dtype}")
+        return [p for part in pixels.split(_BATCH) for p in self._predict(_unit(part))]
+
+    def input_image(self, images: Sequence[np.ndarray], first: int = 0) -> Tensor:
+        """Decoded images -> (B, C, size, size) float32 in [0, 1], what `network` takes. Errors count from `first`."""
+        arrays = [self.preprocess.to_array(_checked(image, first + i)) for i, image in enumerate(images)]
+        return torch.cat([_unit(torch.from_numpy(array.transpose(2, 0, 1)[None].copy())) for array in arrays])
+
+    def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Decoded images -> (N, D) float32 features of the encoder."""
+        return self._features(self.input_image(images[i : i + _BATCH], i) for i in range(0, len(images), _BATCH))
+
+    def data_features(self, data: DataSet, indices: np.ndarray) -> np.ndarray:
+        """Images of a data set with this preprocessing -> (N, D) float32 features of the encoder."""
+        return self._features(data.batch(indices[i : i + _BATCH]).unit_image() for i in range(0, len(indices), _BATCH))
+
+    @torch.inference_mode()
+    def _features(self, parts: Iterable[Tensor]) -> np.ndarray:
+        return torch.cat([self.network.features(part.to(self.device)).float().cpu() for part in parts]).numpy()
+
+    @torch.inference_mode()
+    def _predict(self, image: Tensor) -> list[Prediction]:
+        logit, *distances = (output.double().cpu().numpy() for output in self.network(image.to(self.device)))
+        raw = Calibration()(logit)
+        names, band = _class_names(self.bundle), self.bundle.uncertain_band
+        decided = (raw >= _threshold(self.bundle)).astype(int)
+        uncertain = (raw >= band["low"]) & (raw <= band["high"]) if band else None
+        ood = self._ood(dict(zip(SCORES, distances, strict=True))) if distances else None
+        return [
+            Prediction(
+                probability=probability,
+                raw_probability=float(raw[i]),
+                decision=names[decided[i]],
+                threshold=self.threshold,
+                uncertain=None if uncertain is None else bool(uncertain[i]),
+                ood=None if ood is None else ood[i],
+            )
+            for i, probability in enumerate(self.calibration(logit).tolist())
+        ]
+
+    def _ood(self, scores: dict[str, np.ndarray]) -> list[dict[str, float | bool]]:
+        foreign = is_foreign(scores, self.bundle.ood["thresholds"])
+        columns = {name: values.tolist() for name, values in scores.items()} | {"foreign": foreign.tolist()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def complete(
+    bundle: Bundle,
+    *,
+    train_features: np.ndarray,
+    train_labels: np.ndarray,
+    train_patients: np.ndarray,
+    val_features: np.ndarray,
+    val_labels: np.ndarray,
+    val_patients: np.ndarray,
+    val_scores: np.ndarray,
+    test: tuple[np.ndarray, np.ndarray] | None = None,
+    contract: dict[str, Any],
+    licences: dict[str, dict[str, str]] | None = None,
+    intended_use: str = NOT_STATED,
+) -> Bundle:
+    """The bundle with calibration, uncertain band, and what recognises foreign images.
+
+    Args:
+        bundle: of a classifier, with its operating point.
+        train_features, val_features: (N, D) outputs of the bundle's encoder.
+        train_labels, val_labels: (N,) of {0, 1}. train_patients, val_patients: (N,) who each image is of.
+        val_scores: (N,) raw probabilities of the validation split.
+        test: raw probabilities and labels of the test split: what calibration and band do there is noted under "test".
+            The promises hold for images drawn as the validation split was; this shows whether those of the test were.
+        contract: `input_contract`. licences: {"weights": {"name", "source"}, "data": {...}}; what is missing stays.
+
+    Raises:
+        UserError: features that are not finite or all equal.
+    """
+    calibrated, calibration = calibrate(val_scores, val_labels, val_patients)
+    band = uncertain_band(val_scores, val_labels, val_patients, _threshold(bundle))
+    if test is not None:
+        scores, labels = test
+        before, after = (probability_figures(p, labels) for p in (scores, calibrated(logit_of(scores))))
+        calibration |= {"test": {"before": before, "after": after}}
+        band |= {"test": band_figures(scores, labels, _threshold(bundle), band["low"], band["high"])}
+    train, val = (train_features, train_labels, train_patients), (val_features, val_labels, val_patients)
+    distances, ood = fit_ood(train, val)
+    extras = {_PREFIX + name: tensor for name, tensor in distances.state_dict().items()}
+    return replace(
+        bundle,
+        contract=contract,
+        calibration=calibration,
+        uncertain_band=band,
+        ood=ood,
+        licences=bundle.licences | (licences or {}),
+        intended_use=intended_use,
+        extras=bundle.extras | extras,
+    )
+
+
+def with_separation(bundle: Bundle, test_features: np.ndarray, foreign: Mapping[str, np.ndarray]) -> Bundle:
+    """The bundle with ood["separation"]: how well sets of foreign images are told from the test split, all by their
+    features (`Predictor.features`, of images of another modality, say). See `raymed.metrics.ood.separation`."""
+    distances = load_distances(bundle)
+    assert distances is not None
+    found = separation(distances, bundle.ood["thresholds"], test_features, foreign)
+    return replace(bundle, ood=bundle.ood | {"separation": found})
+
+
+def input_contract(data: DataSet, *, modality: str = NOT_STATED, body_part: str = NOT_STATED) -> dict[str, Any]:
+    """What an input of a model trained on this data must be.
+
+    Returns:
+        modality, body_part: as stated, DICOM's terms for preference. size: height and width of the network's input;
+        images of other sizes are resampled. channels: 1 or 3. photometric: MONOCHROME2 (bright is dense; MONOCHROME1
+        files are inverted when read) or RGB; colour images of a one-channel model count by their luminance. bits: 8 or
+        16, of the training images; others are scaled. images_per_prediction: 1. views_per_case: median number of images
+        of a case in the data; views: their names; both NOT_STATED where the data do not tell. file_kinds.
+    """
+    image = data.batch(data.splits["train"][:1]).image
+    assert image is not None
+    views = [] if data.views is None else sorted(set(data.views.tolist()) - {""})
+    num_views = [] if data.cases is None else np.unique(data.cases, return_counts=True)[1]
+    return {
+        "modality": modality,
+        "body_part": body_part,
+        "size": data.preprocess.size,
+        "channels": data.preprocess.channels,
+        "photometric": "MONOCHROME2" if data.preprocess.channels == 1 else "RGB",
+        "bits": 8 * image.element_size(),
+        "images_per_prediction": 1,
+        "views_per_case": int(np.median(num_views)) if len(num_views) else NOT_STATED,
+        "views": views or NOT_STATED,
+        "file_kinds": list(FILE_KINDS),
+    }
+
+
+def load_distances(bundle: Bundle) -> FeatureDistances | None:
+    """A bundle's feature distances, or None where it has none."""
+    if not bundle.ood:
+        return None
+    tensors = {name.removeprefix(_PREFIX): t for name, t in bundle.extras.items() if name.startswith(_PREFIX)}
+    return FeatureDistances(**tensors, k=bundle.ood["k"])
+
+
+def _calibration(bundle: Bundle) -> Calibration:
+    found = bundle.calibration
+    return Calibration(found["temperature"], found["bias"]) if found else Calibration()
+
+
+def _threshold(bundle: Bundle) -> float:
+    if "threshold" not in bundle.operating_point:
+        raise UserError("the bundle has no operating point: a threshold is chosen when a training ends; train it anew")
+    return bundle.operating_point["threshold"]
+
+
+def _class_names(bundle: Bundle) -> tuple[str, str]:
+    """(negative, positive)."""
+    positive = bundle.classes["positive"]
+    others = [name for name in bundle.classes["names"] if name != positive]
+    return others[0] if len(others) == 1 else f"not {positive}", positive
+
+
+def _checked(image: np.ndarray, place: int) -> np.ndarray:
+    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
+    if shape is None or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or dtype not in (np.uint8, np.uint16):
+        raise UserError(
+            f"image {place}: (H, W) or (H, W, 3) uint8 or uint16 is expected, got {shape} {dtype}; "
+            "read files with raymed.data.readers.read"
+        )
+    if image.size == 0 or image.min() == image.max():
+        raise UserError(f"image {place}: {'is empty' if image.size == 0 else 'all pixels have one value'}")
+    return image
+
+
+def _unit(pixels: Tensor) -> Tensor:
+    """uint8 or uint16 -> float32 in [0, 1], as `Batch.unit_image` makes it."""
+    return pixels.to(torch.float32) / torch.iinfo(pixels.dtype).max

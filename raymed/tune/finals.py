@@ -1,0 +1,47 @@
+"""The finals of a search: its best configurations and the default, trained again on seeds that chose nothing.
+
+A sweep's best score is the luckiest of many. What it is worth shows on fresh seeds, paired by seed with the default,
+since the heads of a seed share its encoder.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from raymed.train.job import Job
+from raymed.train.launch import encoder_units, run_side_by_side
+from raymed.train.unit import Unit
+from raymed.tune.config import Finals
+from raymed.tune.journal import Journal
+from raymed.tune.trials import Replicate, Trials
+
+DEFAULT = "default"
+
+
+def seed_replicates(job: Job, seeds: Sequence[int]) -> tuple[list[Unit], tuple[Replicate, ...]]:
+    """The encoders to be trained first (none for one-stage methods), and a replicate a seed."""
+    encoders = encoder_units(job, seeds) if job.recipe.two_stage else []
+    folders = {unit.seed: str(unit.folder / "checkpoints" / "supcon") for unit in encoders}
+    return encoders, tuple(Replicate(f"seed-{seed}", seed, encoder=folders.get(seed)) for seed in seeds)
+
+
+def finalists(journal: Journal, finals: Finals, mode: str) -> dict[str, dict[str, Any]]:
+    """Method -> parameters: the default first, then the best trials by validation."""
+    best = [trial for trial in journal.ranked(mode) if trial.number > 0][: finals.finalists]
+    return {DEFAULT: {}} | {f"trial {trial.number}": trial.params for trial in best}
+
+
+def run_finals(job: Job, finals: Finals, methods: dict[str, dict[str, Any]], search: Trials) -> dict[str, list[Unit]]:
+    """Train every method on every fresh seed; returns the units, or {} when the job's budget is used up before."""
+    encoders, replicates = seed_replicates(job, finals.seeds)
+    trials = dataclasses.replace(search, replicates=replicates)
+    units = {
+        method: [
+            trials.unit(replicate, params, f"finals/{method.replace(' ', '-')}", job.key) for replicate in replicates
+        ]
+        for method, params in methods.items()
+    }
+    for unit in (unit for of_method in units.values() for unit in of_method):
+        job.follow(unit.outbox)
+    waves = [encoders, [unit for of_method in units.values() for unit in of_method]]
+    return units if run_side_by_side(job, waves) else {}
