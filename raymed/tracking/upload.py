@@ -5,11 +5,14 @@ every metric. A process that dies between an upload and its cursor repeats the u
 found by the tag `raymed.run_key`, metrics carry the time at which they were written, and equal points are one point.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
+import os
 import posixpath
 import re
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from raymed.config import flatten
 from raymed.storage import write_atomic
 from raymed.tracking.outbox import SYSTEM_PREFIX, read
 
+_SQLITE = "sqlite:///"
 RUN_KEY = "raymed.run_key"
 PARENT = "mlflow.parentRunId"
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one request
@@ -35,6 +39,8 @@ class Store:
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)  # they tell of every table they make
+        if uri.startswith(_SQLITE) and "?" not in uri:
+            _make_database(Path(uri.removeprefix(_SQLITE)))
         self.client = MlflowClient(tracking_uri=uri)
         self.artifacts = artifacts
         self._experiments: dict[str, str] = {}
@@ -68,6 +74,23 @@ class Store:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
             return False
+
+
+def _make_database(path: Path) -> None:
+    """Make a sqlite store beside its place and put it there whole: one of which half the tables are there, as after a
+    kill, is never finished by MLflow."""
+    from mlflow import MlflowClient
+
+    if path.exists():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        MlflowClient(tracking_uri=f"{_SQLITE}{temporary}").search_experiments(max_results=1)
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            os.link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclasses.dataclass
