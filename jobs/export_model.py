@@ -15,8 +15,9 @@ from raymed.config import UserError
 from raymed.data.readers import read
 from raymed.registry.command import command
 from raymed.registry.export import Format, export, export_monai
-from raymed.registry.store import connect, fetch_bundle
+from raymed.registry.store import fetch_bundle
 from raymed.storage import resolve_storage
+from raymed.tracking import connect
 
 
 @dataclass(frozen=True)

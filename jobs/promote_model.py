@@ -19,8 +19,9 @@ from raymed.registry.command import command
 from raymed.registry.config import check_name
 from raymed.registry.promote import CANDIDATE, promote, roll_back
 from raymed.registry.register import add
-from raymed.registry.store import alias_of, connect, version_of
+from raymed.registry.store import alias_of, version_of
 from raymed.storage import resolve_storage
+from raymed.tracking import connect
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,8 @@ from raymed.registry.card import CARD, write_card
 from raymed.registry.config import RegisterConfig, check_name, is_stated
 from raymed.registry.promote import CANDIDATE, CHAMPION, FIGURES, MODEL_ID, description, promote
 from raymed.registry.schema import input_example, requirements, signature
-from raymed.registry.store import BUNDLE, alias_of, connect, find_run, lookup
+from raymed.registry.store import BUNDLE, alias_of, find_run, lookup
+from raymed.tracking import connect
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

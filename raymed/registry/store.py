@@ -1,15 +1,10 @@
-"""A connection to MLflow's registry that fails within seconds, and what is asked of it."""
+"""What is asked of MLflow's registry."""
 
-import logging
-import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from raymed.config import UserError
-from raymed.tracking.mlflow import calm_mlflow as calm_mlflow
-from raymed.tracking.mlflow import probe as probe
-from raymed.tracking.mlflow import resolve_uri as resolve_uri
 from raymed.tracking.upload import RUN_KEY
 
 if TYPE_CHECKING:
@@ -19,26 +14,6 @@ if TYPE_CHECKING:
 
 BUNDLE = Path("artifacts", "bundle")  # in a logged model
 _URI = re.compile(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))")
-
-
-def connect(tracking: str | None, storage: Path) -> "MlflowClient":
-    """A client of MLflow's tracking store and registry, the same that a `Tracker` with these arguments fills.
-
-    Raises UserError when the server does not answer.
-    """
-    uri = resolve_uri(tracking or os.environ.get("MLFLOW_TRACKING_URI"), storage)
-    calm_mlflow()
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    if uri.startswith("http"):
-        try:
-            probe(uri)
-        except ConnectionError as error:
-            raise UserError(f"MLflow does not answer ({error}): name the server with --tracking, or start it") from None
-    from mlflow import MlflowClient
-
-    for noisy in ("mlflow.store.db.utils", "mlflow.store.model_registry", "alembic", "mlflow.pyfunc"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 def find_run(client: "MlflowClient", key: str) -> "Run":

@@ -5,7 +5,16 @@ background, and `environment` is what a run records of the machine and the code.
 """
 
 from raymed.tracking.environment import SystemMetrics, environment, git_state, installed_packages, telemetry_off
-from raymed.tracking.mlflow import Tracker
+from raymed.tracking.mlflow import Tracker, connect
 from raymed.tracking.outbox import Outbox
 
-__all__ = ["Outbox", "SystemMetrics", "Tracker", "environment", "git_state", "installed_packages", "telemetry_off"]
+__all__ = [
+    "Outbox",
+    "SystemMetrics",
+    "Tracker",
+    "connect",
+    "environment",
+    "git_state",
+    "installed_packages",
+    "telemetry_off",
+]

@@ -8,12 +8,13 @@ tracker with the same storage and the same MLflow, which finds the outbox in `ST
 
 import hashlib
 import json
+import logging
 import os
 import re
 import threading
 import time
 from pathlib import Path
-from typing import Self
+from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from raymed.config import UserError
@@ -21,6 +22,9 @@ from raymed.storage import local_folder, write_atomic
 from raymed.tracking.environment import telemetry_off
 from raymed.tracking.outbox import Outbox, Status
 from raymed.tracking.upload import Store, Upload
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 PROBE_SECONDS = 3
@@ -40,7 +44,7 @@ class Tracker:
     """
 
     def __init__(self, uri: str | None, experiment: str, storage: Path, period: float = 0.5):
-        self._uri = resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+        self._uri = _resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
         self.uri = re.sub(r"//[^/@]*@", "//", self._uri)  # for people and files: without user and password
         self.experiment = experiment
         self._is_server = self._uri.startswith("http")
@@ -51,7 +55,7 @@ class Tracker:
         self._trouble: str | None = None
         self._period = self._pause = period
         self._is_closing = threading.Event()
-        calm_mlflow()
+        _calm_mlflow()
         self._adopt()
         self._thread = threading.Thread(target=self._work, name="raymed-tracker", daemon=True)
         self._thread.start()
@@ -130,7 +134,7 @@ class Tracker:
         for upload in pending:
             try:
                 if is_doubtful:
-                    probe(self._uri)
+                    _probe(self._uri)
                 self._store = self._store or Store(self._uri, self._artifacts)
                 has_moved |= upload.ship(self._store)
                 is_doubtful = False
@@ -174,7 +178,7 @@ class Tracker:
                 self._marker(upload.outbox).unlink(missing_ok=True)
 
 
-def resolve_uri(uri: str | None, storage: Path) -> str:
+def _resolve_uri(uri: str | None, storage: Path) -> str:
     if not uri:
         return f"sqlite:///{local_folder(storage, 'mlflow') / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
@@ -190,14 +194,14 @@ def resolve_uri(uri: str | None, storage: Path) -> str:
     return uri.rstrip("/")
 
 
-def calm_mlflow() -> None:
+def _calm_mlflow() -> None:
     """For the MLflow client of this process, before it is imported: no telemetry, and minutes of retries become one."""
     telemetry_off()
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
 
 
-def probe(uri: str) -> None:
+def _probe(uri: str) -> None:
     """Raise ConnectionError unless the server answers within a few seconds. A complaint about its certificate is an
     answer: whether to trust it is for MLflow's client to say."""
     import requests
@@ -212,3 +216,25 @@ def probe(uri: str) -> None:
         raise ConnectionError("no connection") from None
     if response.status_code >= 502:
         raise ConnectionError(f"answer {response.status_code}")
+
+
+def connect(uri: str | None, storage: Path) -> "MlflowClient":
+    """A client of the tracking store and registry that a `Tracker` with these arguments fills.
+
+    Raises UserError when the server does not answer.
+    """
+    resolved = _resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+    _calm_mlflow()
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    if resolved.startswith("http"):
+        try:
+            _probe(resolved)
+        except ConnectionError as error:
+            shown = re.sub(r"//[^/@]*@", "//", resolved)
+            advice = "name the server with --tracking, or start it"
+            raise UserError(f"MLflow does not answer at {shown} ({error}): {advice}") from None
+    from mlflow import MlflowClient
+
+    for noisy in ("mlflow.store.db.utils", "mlflow.store.model_registry", "alembic", "mlflow.pyfunc"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=resolved, registry_uri=resolved)

@@ -1,14 +1,12 @@
 """Reading an MLflow run back: its name, its tags and the text files among its artifacts."""
 
-import os
 import re
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymed.config import UserError
-from raymed.tracking.mlflow import calm_mlflow, probe, resolve_uri
+from raymed.tracking.mlflow import connect
 
 
 @dataclass(frozen=True)
@@ -31,19 +29,9 @@ def find_run(run_id: str, uri: str | None, storage: Path, files: Collection[str]
     """
     if not re.fullmatch("[0-9a-f]{32}", run_id):
         return None
-    resolved = resolve_uri(uri, storage)
-    calm_mlflow()
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    try:
-        if resolved.startswith("http"):
-            probe(resolved)
-    except ConnectionError as error:
-        shown = re.sub(r"//[^/@]*@", "//", resolved)
-        raise UserError(f"run {run_id} cannot be read from MLflow at {shown}: {error}") from error
-    from mlflow import MlflowClient
+    client = connect(uri, storage)
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri=resolved)
     try:
         run = client.get_run(run_id)
     except MlflowException as error:

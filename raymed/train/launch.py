@@ -11,7 +11,7 @@ from raymed.train.job import Job, show_progress
 from raymed.train.loop import Interrupted
 from raymed.train.unit import Unit, phases_of, train_unit, unit_data
 
-ADVICE = "lower --compute.cpus-per-worker, or use --compute.device cpu"
+ADVICE = "lower --compute.cpus-per-worker, use --compute.device cpu or, for memory, raise the stage's accumulate"
 
 
 def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
@@ -59,7 +59,7 @@ def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     costs: dict[str, list] = {}
     for kind, units in ((kind, units) for wave in waves for kind, units in _kinds(wave).items()):
         costs[kind] = costs.get(kind) or _measured(units)
-        trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units)))
+        trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
     if trainings:
         Plan(trainings).announce(job.folder)
 
@@ -88,12 +88,15 @@ def _measure(unit: Unit, threads: int | None) -> list[tuple[Phase, StepCost]]:
     return [(phase, measure(phase, data, unit.seed, unit.compute, threads)) for phase in phases_of(unit, data)]
 
 
-def _at_once(units: Sequence[Unit]) -> int:
+def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]]) -> int:
+    """How many of them run side by side. Raises UserError where the memory of no node suffices for one."""
     import ray
 
     if not ray.is_initialized():
         return 1
-    return require(cpus_for(units[0], len(units)), gpus_of(units[0].compute.device), at_most=len(units), advice=ADVICE)
+    memory = max(cost.peak_bytes if cost.device == "cpu" else 0 for _, cost in costs)
+    cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
+    return require(cpus, gpus, memory=memory, at_most=len(units), advice=ADVICE)
 
 
 def _kind(unit: Unit) -> str:

@@ -12,10 +12,9 @@ from raymed.data.preprocess import Preprocess
 from raymed.metrics.bootstrap import summarise_seeds
 from raymed.models.encoder import EncoderConfig, build_encoder
 from raymed.models.head import LinearHead
-from raymed.registry.store import connect
 from raymed.tasks.classifier import Classifier
 from raymed.tasks.predictor import Predictor, complete, with_separation
-from raymed.tracking import Outbox, Tracker
+from raymed.tracking import Outbox, Tracker, connect
 
 SIZE = 16
 
@@ -106,4 +105,4 @@ def place(tracked, tmp_path):
 @pytest.fixture
 def client(place):
     """Of that store."""
-    return connect(**place)
+    return connect(place["tracking"], place["storage"])
