@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: install demo test test-cluster lint clean
+.PHONY: install demo test test-cluster bench lint clean
 
 install: $(VENV)/.installed
 
@@ -13,8 +13,9 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@
 
-demo: install  ## the main job on digital phantoms, with a local Ray
-	$(BIN)/python jobs/tune_asl.py --supcon.steps 700 --sweep.num-trials 16 $(ARGS)
+demo: install  ## the main job on digital phantoms, with a local Ray; two fresh seeds in place of five, for time
+	$(BIN)/python jobs/tune_asl.py --data.preprocess.size 48 --supcon.steps 700 --seeds 2023 --sweep.num-trials 64 \
+	    --finals.seeds 3001 3002 --finals.finalists 2 $(ARGS)
 
 test: install  ## what continuous integration runs
 	$(BIN)/ruff check raymed jobs tests
@@ -23,6 +24,10 @@ test: install  ## what continuous integration runs
 
 test-cluster: install  ## longer: several workers and kills
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: install  ## on a machine with nothing else to do: about a quarter of an hour
+	$(BIN)/python jobs/bench_tune.py
+	$(BIN)/python jobs/bench_train.py
 
 lint: install
 	$(BIN)/ruff check --fix raymed jobs tests

@@ -153,15 +153,19 @@ def report(
         job.outbox.artifact(job.folder / table)
     final = {f"test/{name}": of_test[best][name]["mean"] for name in METRICS}
     job.outbox.metrics(final | ({"laterality_hit_rate": laterality["hit_rate"]} if laterality else {}), 0)
-    paths = {"run": job.folder, "figures": folder, "model": methods[best][0].folder / "bundle"}
+    paths = {"run": job.folder, "figures": folder}
+    if methods[best][0].fold is None:  # those of folds are for figures, not for use
+        paths["model"] = methods[best][0].folder / "bundle"
     extra |= {"differences": {"baseline": baseline, **differences}} if differences else {}
     summary = job.finish(figures, paths, best=best, laterality=laterality, **extra)
-    print(f"best on validation: {best}\nmodel:   {paths['model']}\nfigures: {folder}\nMLflow:  {job.where()}")
+    told = "".join(f"{name}: {path}\n" for name, path in paths.items())
+    print(f"best on validation: {best}\n{told}MLflow: {job.where()}")
     return summary
 
 
 def _title(job: Job, units: Sequence[Unit]) -> str:
     data = unit_data(units[0])
     unit = "patients" if data.has_patients else "images (no patient column)"
-    seeds = "1 seed" if len(units) == 1 else f"{len(units)} seeds"
+    kind = "seed" if units[0].fold is None else "fold"
+    seeds = f"{len(units)} {kind}{'s' * (len(units) > 1)}"
     return f"test split, positive = {data.positive}, {seeds}, 95 % intervals over {unit}"

@@ -13,13 +13,13 @@ from pathlib import Path
 
 from raymed.train.folds import Fold
 from raymed.train.job import Job
-from raymed.train.launch import check_single_worker, flat, run_side_by_side
+from raymed.train.launch import announce, check_single_worker, flat, run_side_by_side
 from raymed.train.results import report
 from raymed.train.unit import Unit
 from raymed.tune.config import Nested, SweepConfig
 from raymed.tune.finals import DEFAULT
 from raymed.tune.journal import Journal
-from raymed.tune.sweep import search, template
+from raymed.tune.sweep import open_units, search, template
 from raymed.tune.trials import Replicate, Trials
 
 CHOSEN = "chosen on inner folds"
@@ -33,9 +33,12 @@ def run_nested(job: Job, sweep: SweepConfig, nested: Nested, seed: int) -> Path:
     check_single_worker(job)
     methods: dict[str, list[Unit]] = {DEFAULT: [], CHOSEN: []}
     choices = []
-    for outer in range(nested.outer or 0):
-        trials, encoders = _outer(job, sweep, nested, outer, seed)
-        journal = Journal(trials.template.folder / "sweep.jsonl")
+    parts = [_outer(job, sweep, nested, outer, seed) for outer in range(nested.outer or 0)]
+    journals = [Journal(trials.template.folder / "sweep.jsonl") for trials, _ in parts]
+    announce(job, [e or open_units(sweep, journal, t) for (t, e), journal in zip(parts, journals, strict=True)])
+    for outer, ((trials, encoders), journal) in enumerate(zip(parts, journals, strict=True)):
+        trials.template.outbox.open(trials.template.key, trials.template.name, job.key, {"outer": outer})
+        job.follow(trials.template.outbox)
         if not run_side_by_side(job, [encoders]):
             break
         search(job, sweep, journal, trials)
@@ -59,13 +62,11 @@ def run_nested(job: Job, sweep: SweepConfig, nested: Nested, seed: int) -> Path:
 
 
 def _outer(job: Job, sweep: SweepConfig, nested: Nested, outer: int, seed: int) -> tuple[Trials, list[Unit]]:
-    """The search of one outer fold, a run below the job's, and the encoders that it needs."""
+    """The search of one outer fold, which will be a run below the job's, and the encoders that it needs."""
     name = f"outer-{outer}"
     own = dataclasses.replace(
         template(job), folder=job.folder / name, key=f"{job.key}/{name}", name=name, parent=job.key
     )
-    own.outbox.open(own.key, name, job.key, {"outer": outer})
-    job.follow(own.outbox)
     folds = [Fold(outer, nested.outer or 2, inner, nested.inner) for inner in range(nested.inner)]
     encoders = [dataclasses.replace(job.unit(f"{name}/encoder/{f.name}", seed, part="encoder"), fold=f) for f in folds]
     encoders = encoders if job.recipe.two_stage else []

@@ -52,8 +52,9 @@ def run_sweep(
     encoders, replicates = seed_replicates(job, seeds)
     trials = Trials(template(job), replicates, sweep.metric)
     journal = Journal(job.folder / "sweep.jsonl")
-    fresh, _ = seed_replicates(job, finals.seeds)
-    announce(job, [encoders, fresh])
+    fresh, fresh_replicates = seed_replicates(job, finals.seeds)
+    final = [trials.unit(r, {}, f"finals/{k}", None) for k in range(1 + finals.finalists) for r in fresh_replicates]
+    announce(job, [encoders, fresh] if encoders else [open_units(sweep, journal, trials), final])
     units: dict[str, list[Unit]] = {}
     if run_side_by_side(job, [encoders]):
         search(job, sweep, journal, trials)
@@ -63,6 +64,12 @@ def run_sweep(
         units = run_finals(job, finals, finalists(journal, finals, sweep.mode), trials)
     write_tune_results(job.folder / "tune", journal, sweep.metric)
     return report_sweep(job, sweep, finals, registering, foreign, journal, trials, units)
+
+
+def open_units(sweep: SweepConfig, journal: Journal, trials: Trials) -> list[Unit]:
+    """The trainings of trials that have not ended, were none of them stopped early: for an estimate."""
+    ended = {trial.number for trial in journal.trials.values() if trial.status != "running"}
+    return [unit for number in range(sweep.num_trials) if number not in ended for unit in trials.units(number, {})]
 
 
 def template(job: Job) -> Unit:
