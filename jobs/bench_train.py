@@ -64,7 +64,7 @@ class BenchTrain:
     batch_size: int = 64
     size: int = 28
     """Side of an image in pixels."""
-    trials: int = 8
+    trials: int = 12
     """Of the sweep; the first does not count."""
     trial_steps: int = 60
     threads: int = os.cpu_count() or 1

@@ -82,7 +82,7 @@ class BenchTune:
     """What to measure, and for how long."""
 
     part: Literal["all", "hsg", "full-batch", "minibatch", "ray", "memory"] = "all"
-    blocks: int = 9
+    blocks: int = 15
     """Turns of each side."""
     steps: int = 300
     """Of a head."""

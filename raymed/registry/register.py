@@ -101,9 +101,11 @@ def add(client: "MlflowClient", folder: Path, name: str, run_id: str | None = No
 
 
 def identity(folder: Path) -> str:
-    """sha256 of a bundle's content, hashes of its weights included; what people intend it for is no part of it."""
+    """sha256 of a bundle's content, hashes of its weights included; what people intend it for, and the state of the
+    sources when its job was run to its end once more, are no part of it."""
     described = json.loads((folder / "bundle.json").read_text())
     described.pop("intended_use", None)
+    described["provenance"].pop("git", None)
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 

@@ -122,6 +122,7 @@ def forest(path: Path, differences: Mapping[str, Figures], label: str) -> None:
                 _difference_line(axes, names.index(name), of_name["difference"])
             axes.set(title=title, yticks=range(len(names)), ylim=(len(names) - 0.4, -0.6), xlabel=label)
             axes.set_yticklabels(names, fontsize=9)
+            axes.locator_params(axis="x", nbins=4)  # small differences have long numbers
             axes.grid(axis="y", visible=False)
 
 

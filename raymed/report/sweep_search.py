@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from raymed.report.axis import option_text
 from raymed.report.importance import MIN_FOR_IMPORTANCE, importance, importance_figure
 from raymed.report.page import Block, Cell, Picture, Table, Text
 from raymed.report.sweep_record import SweepRecord, Trial, count, finished, listed, short_names, were
-from raymed.report.tables import decimal, number
+from raymed.report.tables import number
 from raymed.space import Choice, Dimension
 
 TOP = 10  # trials listed on the page; all are in trials.csv
@@ -100,7 +101,7 @@ def _top_table(record: SweepRecord, done: Sequence[Trial]) -> Table:
     rows = [
         [
             str(t["number"]),
-            Cell(decimal(t["value"]), _seeds_text(t)),
+            Cell(_four(t["value"]), _seeds_text(t)),
             *(option_text(t["params"][name]) for name in record.space),
         ]
         for t in ordered
@@ -110,7 +111,7 @@ def _top_table(record: SweepRecord, done: Sequence[Trial]) -> Table:
 
 
 def _seeds_text(trial: Trial) -> str:
-    return " ".join(decimal(value) for value in trial["per_seed"]) if len(trial["per_seed"]) > 1 else ""
+    return " ".join(map(_four, trial["per_seed"])) if len(trial["per_seed"]) > 1 else ""
 
 
 def hyper_parameters(folder: Path, record: SweepRecord) -> list[Block]:
@@ -187,3 +188,8 @@ def _marked(record: SweepRecord) -> dict[int, tuple[str, str]]:
     if record.chosen in record.trial_of and record.chosen != record.baseline:
         marked[record.trial_of[record.chosen]] = (f"chosen: {record.chosen}", "*")
     return marked
+
+
+def _four(value: float | None) -> str:
+    """Trials at the top of a sweep differ in the fourth decimal."""
+    return "n/a" if math.isnan(number(value)) else f"{number(value):.4f}"

@@ -90,7 +90,8 @@ def _foreign_images(data: DataSet, manifest: str, folders: Sequence[str]) -> dic
     }
     if "phantoms" not in manifest:
         found["digital HSG phantoms"] = [hsg(patient, seed=1)[0] for patient in range(_PHANTOMS)]
-    return found | {Path(folder).name: _read_folder(Path(folder).expanduser()) for folder in folders}
+    places = [Path(folder).expanduser() for folder in folders]
+    return found | {"/".join(place.parts[-2:]): _read_folder(place) for place in places}  # many are called "images"
 
 
 def _read_folder(folder: Path) -> list[np.ndarray]:
