@@ -1,5 +1,6 @@
 """Jobs as a user runs them: commands in processes of their own, with every folder they write to a temporary one."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -75,7 +76,8 @@ class Home:
     def end_all(self) -> None:
         """Kill what is left, by id."""
         for process in self.processes():
-            process.send_signal(signal.SIGKILL)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGKILL)
 
 
 def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
