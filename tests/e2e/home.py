@@ -20,6 +20,9 @@ TINY = (
 ).split()
 """Trains anything on phantoms in a few seconds."""
 
+ONE_BY_ONE = "--sweep.no-batched --seeds 2023 --finals.seeds 3001 --finals.finalists 1".split()
+"""A sweep slow enough to be stopped in its middle: each head a Ray Tune trial."""
+
 
 class Home:
     """A user's machine: source, home, storage and temporary folder of its own; Ray's sockets need a short path."""

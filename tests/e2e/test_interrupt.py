@@ -6,7 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from home import TINY, wait_for
+from home import ONE_BY_ONE, TINY, wait_for
 
 from raymed.tracking.outbox import Outbox
 
@@ -32,7 +32,7 @@ def _losses(run: Path) -> list[tuple[int, float]]:
 
 
 def test_a_sweep_stops_and_goes_on(home):
-    command = (*TINY, "--sweep.num-trials=8", "--sweep.at-once=2", "--name=sweep")
+    command = (*TINY, *ONE_BY_ONE, "--sweep.num-trials=8", "--sweep.at-once=2", "--name=sweep")
     journal = home.storage / "runs" / "sweep" / "sweep.jsonl"
 
     def ended() -> list[int]:

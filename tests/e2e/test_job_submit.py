@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from home import TINY, Home, wait_for
+from home import ONE_BY_ONE, TINY, Home, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -83,7 +83,7 @@ def _ended(home: Home) -> list[int]:
 
 
 def test_a_submitted_sweep_survives_the_kill_of_its_driver(home, cluster):
-    command = (*TINY, f"--sweep.num-trials={NUM_TRIALS}", "--name=submitted")
+    command = (*TINY, *ONE_BY_ONE, f"--sweep.num-trials={NUM_TRIALS}", "--name=submitted")
     env = home.env | {"RAY_AUTH_MODE": "token"}
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     client = subprocess.Popen([RAY, *cluster.job(*command)], cwd=home.code, env=env, **pipes)
@@ -95,7 +95,7 @@ def test_a_submitted_sweep_survives_the_kill_of_its_driver(home, cluster):
     before = _events(home)
     assert 2 <= len(_ended(home)) < NUM_TRIALS, output
 
-    with (home.code / "raymed" / "tune" / "sweep.py").open("a") as source:
+    with (home.code / "raymed" / "tune" / "trials.py").open("a") as source:
         source.write('print("source:", __file__)  # changed\n')
     output = cluster.submit(*command)
 
@@ -113,7 +113,7 @@ def test_a_submitted_sweep_survives_the_kill_of_its_driver(home, cluster):
     store = MlflowClient(f"sqlite:///{home.storage}/mlflow/mlflow.db")
     runs = store.search_runs([store.get_experiment_by_name("raymed").experiment_id])
     assert Counter(run.info.run_name for run in runs)["submitted"] == 1
-    assert len(runs) == 2 + 2 * NUM_TRIALS
+    assert len(runs) == 1 + 2 + 2 * NUM_TRIALS + 2  # the sweep, two encoders, trials and their seeds, two finals
     assert {run.info.status for run in runs} == {"FINISHED"}
 
 
