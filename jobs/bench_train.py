@@ -16,7 +16,6 @@ import dataclasses
 import json
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from bench_peers.machine import environment
 from bench_peers.plain_training import PlainTraining
 from torch import Tensor
 
@@ -257,16 +257,6 @@ def summary(values: np.ndarray, target: float, direction: str) -> dict:
         "values": values.tolist(),
         "target": f"{direction} {target:g}",
         "verdict": "met" if met else "not met" if missed else "not resolved",
-    }
-
-
-def environment() -> dict:
-    """What the figures depend on."""
-    return {
-        "cpus": os.cpu_count(),
-        "load of the last minute": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
     }
 
 

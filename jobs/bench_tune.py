@@ -36,6 +36,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from bench_peers.machine import environment
 from bench_peers.plain_heads import Problem, train_head
 
 from raymed.config import UserError, replace, to_json
@@ -379,16 +380,6 @@ def line(part: str, figures: dict[str, Any]) -> str:
         f"{part}: {ratio['median']:.1f} x faster (+- {ratio['half_width_95']:.1f}), target {ratio['target']}: "
         f"{ratio['verdict']}\n  {times}; {figures['note']}"
     )
-
-
-def environment() -> dict[str, Any]:
-    """What the figures depend on."""
-    return {
-        "cpus": os.cpu_count(),
-        "load of the last minute": os.getloadavg()[0],
-        "torch": torch.__version__,
-        "python": sys.version.split()[0],
-    }
 
 
 if __name__ == "__main__":

@@ -157,6 +157,7 @@ def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str
 
 
 def read_table(path: Path) -> pd.DataFrame:
+    """A CSV, TSV or Parquet file with every cell as text; what is empty is ""."""
     if path.suffix.lower() == ".parquet":
         # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
         table = pd.read_parquet(path).convert_dtypes()

@@ -116,6 +116,7 @@ def mean_statistic(name: str, values: np.ndarray) -> Statistic:
 
 
 def statistics_of(predictions: Sequence[Prediction]) -> list[Statistic]:
+    """The metrics of each seed as functions of how often its rows count."""
     return [binary_statistic(scores, targets, threshold) for scores, targets, _, threshold in predictions]
 
 
@@ -147,6 +148,7 @@ def evaluate_counts(
 
 
 def figure_of(per_seed: np.ndarray, resampled: np.ndarray, level: float) -> dict:
+    """A `Figure` less its patients: mean and deviation of the seeds (S,), percentile interval of resamples (R,)."""
     defined = resampled[~np.isnan(resampled)]
     tails = [(1 - level) / 2, (1 + level) / 2]
     ci_low, ci_high = np.quantile(defined, tails) if len(defined) else (np.nan, np.nan)

@@ -19,6 +19,7 @@ TOP = 10  # trials listed on the page; all are in trials.csv
 
 
 def configurations(record: SweepRecord) -> list[Block]:
+    """What was searched, and what the finals trained."""
     by_number = {trial["number"]: trial for trial in record.trials}
     of_method = {
         m: by_number[record.trial_of[m]]["params"] for m in record.figures if record.trial_of.get(m) in by_number
@@ -40,6 +41,7 @@ def describe(dimension: Dimension) -> str:
 
 
 def search(folder: Path, record: SweepRecord) -> list[Block]:
+    """How trials were suggested and cut, their history, and the best of them."""
     status = Counter(trial["status"] for trial in record.trials)
     done = finished(record.trials)
     blocks: list[Block] = [
@@ -115,6 +117,7 @@ def _seeds_text(trial: Trial) -> str:
 
 
 def hyper_parameters(folder: Path, record: SweepRecord) -> list[Block]:
+    """Sensitivity, parallel coordinates and importance; a sentence where too few trials have finished."""
     done = finished(record.trials)
     if len(done) < 2:
         return [Text("With fewer than two finished trials nothing can be said of any hyper-parameter.", quiet=True)]

@@ -8,7 +8,7 @@ import numpy as np
 
 from raymed.bundle import Bundle
 from raymed.explain.gradcam import grad_cam, laterality_hit_rate
-from raymed.metrics.bootstrap import summarise_difference, summarise_seeds
+from raymed.metrics.bootstrap import Prediction, summarise_difference, summarise_seeds
 from raymed.report import figures as draw
 from raymed.report.tables import comparison_csv, comparison_markdown, comparison_table, difference_table
 from raymed.storage import write_atomic
@@ -34,7 +34,8 @@ def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any
     }
 
 
-def prediction(unit: Unit, split: str):
+def prediction(unit: Unit, split: str) -> Prediction:
+    """A finished unit's scores, targets, patients (None where the data name none) and threshold."""
     arrays = predictions(unit, split)
     patients = arrays["patients"] if unit_data(unit).has_patients else None
     threshold = (unit.result() or {})[split]["threshold"]
