@@ -19,10 +19,20 @@ class Compute:
 
     workers: int = 1
     """1: this process. More: that many Ray Train workers, each with its share of every batch."""
+    min_workers: int | None = None
+    """Fewer workers than `workers` that will do: the group shrinks when a node is lost and grows when one joins, and the
+    batch stays, in more micro-batches. None: all or none."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """auto: torch for one worker, DeepSpeed for several."""
     zero_stage: int = 0
-    """DeepSpeed: 0 replicates everything, 1 shards the optimiser's state, 2 the gradients too."""
+    """DeepSpeed: 0 replicates everything, 1 shards the optimiser's state, 2 the gradients too, 3 the weights too."""
+    network_stages: tuple[str, ...] = ()
+    """Other stages for single networks, as NETWORK=STAGE."""
+    offload: bool = False
+    """DeepSpeed, stages 2 and 3: the optimiser and its state stay in the memory of the CPU."""
+    activation_checkpointing: bool = False
+    """Keep only the inputs of a network's blocks and compute the rest again in the backward pass: less memory, about a
+    third more time."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16: fp32 weights, forward pass under autocast."""
     compile: bool = False
@@ -38,13 +48,32 @@ class Compute:
 
     def __post_init__(self) -> None:
         check_range("compute.workers", self.workers, 1)
+        if self.min_workers is not None:
+            check_range("compute.min_workers", self.min_workers, 1, self.workers)
         check_choice("compute.engine", self.engine, ("auto", "torch", "deepspeed"))
-        check_range("compute.zero_stage", self.zero_stage, 0, 2)
+        check_range("compute.zero_stage", self.zero_stage, 0, 3)
+        self._check_stages()
         check_choice("compute.precision", self.precision, ("fp32", "bf16"))
         check_choice("compute.device", self.device, ("auto", "cpu", "cuda"))
         check_range("compute.cpus_per_worker", self.cpus_per_worker, 1)
         if self.zero_stage and self.resolved_engine(self.workers) == "torch":
             warnings.warn("compute.zero_stage has no effect with the torch engine", stacklevel=3)
+
+    def _check_stages(self) -> None:
+        for entry in self.network_stages:
+            name, _, stage = entry.partition("=")
+            if not name or stage not in ("0", "1", "2", "3"):
+                raise UserError(
+                    f"compute.network_stages must be like generator=2, with a stage from 0 to 3, got {entry!r}"
+                )
+        stages = [self.zero_stage, *(int(entry.partition("=")[2]) for entry in self.network_stages)]
+        if self.offload and not any(stage >= 2 for stage in stages):
+            raise UserError("compute.offload needs ZeRO stage 2 or 3: set compute.zero_stage")
+
+    def stage_of(self, network: str) -> int:
+        """The ZeRO stage of a network."""
+        own = dict(entry.split("=") for entry in self.network_stages)
+        return int(own.get(network, self.zero_stage))
 
     def resolved_engine(self, workers: int | None = None) -> str:
         """ "torch" or "deepspeed"."""
