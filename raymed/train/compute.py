@@ -20,8 +20,8 @@ class Compute:
     workers: int = 1
     """1: this process. More: that many Ray Train workers, each with its share of every batch."""
     min_workers: int | None = None
-    """Fewer workers than `workers` that will do: the group shrinks when a node is lost and grows when one joins, and the
-    batch stays, in more micro-batches. None: all or none."""
+    """Fewer workers than `workers` that will do: the group shrinks when a node is lost and grows when one joins, and
+    the batch stays, in more micro-batches. None: all or none."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """auto: torch for one worker, DeepSpeed for several."""
     zero_stage: int = 0
