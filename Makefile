@@ -25,9 +25,11 @@ test: install  ## what continuous integration runs
 test-cluster: install  ## longer: several workers and kills
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
-bench: install  ## on a machine with nothing else to do: about a quarter of an hour
+bench: install  ## on a machine with nothing else to do
 	$(BIN)/python jobs/bench_tune.py
 	$(BIN)/python jobs/bench_train.py
+	$(BIN)/python jobs/bench_workers.py
+	$(BIN)/python jobs/bench_storage.py
 
 lint: install
 	$(BIN)/ruff check --fix raymed jobs tests

@@ -18,9 +18,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -34,13 +37,14 @@ from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
+from raymed.distributed import world_size
 from raymed.tasks.classifier import ClassifierRecipe, Stage
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
 from raymed.train.checkpoint import load_weights
 from raymed.train.compute import Compute
 from raymed.train.job import RunConfig, open_job
-from raymed.train.loop import Fit, sampler_of
+from raymed.train.loop import Fit, sampler_of, take_step
 from raymed.train.nets import Networks
 from raymed.train.unit import Unit, train_unit
 from raymed.tune.config import SweepConfig
@@ -91,7 +95,7 @@ def main(config: BenchTrain) -> None:
         recipe = make_recipe(config, write_hsg(folder / "hsg", num_patients=200, size=48))
         data = load(recipe.data, folder / "cache")
         figures: dict = {"environment": environment(), "config": dataclasses.asdict(config)}
-        export(folder, data, phase_of(recipe, data, config.blocks * config.steps + WARM_UP))
+        export(folder, data, phase_of(recipe, data, num_steps(config)))
         for name, compute in ENGINES.items():
             check_equal(folder, phase_of(recipe, data, EQUAL_STEPS), data, compute)
             figures[f"throughput, {name}"] = throughput(config, folder / name, folder, recipe, data, compute)
@@ -133,7 +137,8 @@ def export(folder: Path, data: DataSet, phase: Phase) -> None:
     network = phase.task.networks()["classifier"]
     assert network.optim is not None and network.ema is not None
     config = dataclasses.asdict(network.optim) | {"ema_decay": network.ema.decay}
-    config |= {"mean": data.preprocess.mean, "std": data.preprocess.std}
+    norm = "group" if any(isinstance(layer, torch.nn.GroupNorm) for layer in module.modules()) else "batch"
+    config |= {"mean": data.preprocess.mean, "std": data.preprocess.std, "norm": norm}
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -170,42 +175,71 @@ def same(what: str, found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
 
 
 class Turns:
-    """Our fit calls it after each step: every few steps the peer takes as many, and both are timed."""
+    """In the place of the loop's `take_step`: every few steps each peer takes as many, and all are timed.
 
-    def __init__(self, peer: PlainTraining, steps: int):
-        self.peer, self.steps, self.done = peer, steps, 0
-        self.ours: list[float] = []
-        self.peers: list[float] = []
+    All processes of a group begin every turn together.
+    """
+
+    def __init__(self, peers: Mapping[str, PlainTraining], steps: int):
+        self.peers, self.steps, self.done = peers, steps, 0
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("ours", *peers)}
         self.began = 0.0
 
-    def __call__(self) -> bool:
+    def __call__(self, *step: Any) -> dict[str, Tensor]:
+        if self.done >= WARM_UP and (self.done - WARM_UP) % self.steps == 0:
+            self._turn()
         self.done += 1
-        if self.done < WARM_UP or (self.done - WARM_UP) % self.steps:
-            return False
-        if self.done > WARM_UP:
-            self.ours.append(time.perf_counter() - self.began)
-        before = time.perf_counter()
-        self.peer.train(WARM_UP if self.done == WARM_UP else self.steps)
-        if self.done > WARM_UP:
-            self.peers.append(time.perf_counter() - before)
-        self.began = time.perf_counter()
-        return False
+        return take_step(*step)
+
+    def _turn(self) -> None:
+        counts = self.done > WARM_UP
+        if counts:
+            self.seconds["ours"].append(self._now() - self.began)
+        for name, peer in self.peers.items():
+            began = self._now()
+            peer.train(self.steps if counts else WARM_UP)
+            if counts:
+                self.seconds[name].append(self._now() - began)
+        self.began = self._now()
+
+    def _now(self) -> float:
+        """The time when all that was asked for is done, everywhere."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        if world_size() > 1:
+            torch.distributed.barrier()
+        return time.perf_counter()
+
+    @contextmanager
+    def taken(self) -> Iterator[None]:
+        """Within: fits of this process train in turns with the peers."""
+        with mock.patch("raymed.train.loop.take_step", self):
+            yield
+
+    def speeds(self, images: int) -> dict[str, Any]:
+        """Images a second of each side, at so many a turn."""
+        return {f"{who}, images a second": images / statistics.median(s) for who, s in self.seconds.items()}
+
+    def ratio(self, peer: str) -> np.ndarray:
+        """Our speed over a peer's, turn by turn."""
+        return np.array(self.seconds[peer]) / np.array(self.seconds["ours"])
+
+
+def num_steps(config: Any) -> int:
+    """Of a training with all its turns; the last turn ends before the last step."""
+    return WARM_UP + config.blocks * config.steps + 1
 
 
 def throughput(
     config: BenchTrain, folder: Path, exported: Path, recipe: ClassifierRecipe, data: DataSet, compute: Compute
 ) -> dict:
     """Images a second of both, and the ratio with its uncertainty."""
-    phase = phase_of(recipe, data, config.blocks * config.steps + WARM_UP)
-    turns = Turns(PlainTraining(exported, phase.steps), config.steps)
-    list(Fit([phase], data, folder, SEED, compute, Outbox(folder / "outbox.jsonl"), turns).run())
-    images = config.steps * config.batch_size
-    ratios = np.array(turns.peers) / np.array(turns.ours)
-    return {
-        "ours, images a second": images / statistics.median(turns.ours),
-        "peer, images a second": images / statistics.median(turns.peers),
-        "ratio": summary(ratios, TARGET_RATIO, "at least"),
-    }
+    phase = phase_of(recipe, data, num_steps(config))
+    turns = Turns({"peer": PlainTraining(exported, phase.steps)}, config.steps)
+    with turns.taken():
+        list(Fit([phase], data, folder, SEED, compute, Outbox(folder / "outbox.jsonl")).run())
+    speeds = turns.speeds(config.steps * config.batch_size)
+    return speeds | {"ratio": summary(turns.ratio("peer"), TARGET_RATIO, "at least")}
 
 
 def overhead(config: BenchTrain, folder: Path, recipe: ClassifierRecipe) -> dict:
@@ -248,16 +282,23 @@ def timed_alone(unit: Unit) -> float:
 
 def summary(values: np.ndarray, target: float, direction: str) -> dict:
     """Median with the half-width of its 95 % interval (bootstrap), and whether the target is met."""
+    low, high = interval(values)
+    met, missed = (low >= target, high < target) if direction == "at least" else (high <= target, low > target)
+    verdict = "met" if met else "not met" if missed else "not resolved"
+    return spread(values) | {"target": f"{direction} {target:g}", "verdict": verdict}
+
+
+def spread(values: np.ndarray) -> dict:
+    """Median with the half-width of its 95 % interval (bootstrap)."""
+    low, high = interval(values)
+    return {"median": float(np.median(values)), "half_width_95": (high - low) / 2, "values": values.tolist()}
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % interval of the median, by the bootstrap."""
     draws = np.random.default_rng(0).choice(values, (10_000, len(values)))
     low, high = np.quantile(np.median(draws, axis=1), [0.025, 0.975])
-    met, missed = (low >= target, high < target) if direction == "at least" else (high <= target, low > target)
-    return {
-        "median": float(np.median(values)),
-        "half_width_95": float(high - low) / 2,
-        "values": values.tolist(),
-        "target": f"{direction} {target:g}",
-        "verdict": "met" if met else "not met" if missed else "not resolved",
-    }
+    return float(low), float(high)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from raymed.data.readers import read
 from raymed.registry.command import command
 from raymed.registry.export import Format, export, export_monai
 from raymed.registry.store import fetch_bundle
-from raymed.storage import resolve_storage
+from raymed.storage import local_folder_copy, resolve_storage
 from raymed.tracking import connect
 
 
@@ -24,8 +24,8 @@ from raymed.tracking import connect
 class ExportModel:
     """Which model, as what, where to."""
 
-    bundle: Path | None = None
-    """Folder of a bundle."""
+    bundle: str | None = None
+    """Folder of a bundle, or its s3:// location."""
     model: str | None = None
     """A registered model in its place: models:/NAME@ALIAS or models:/NAME/VERSION."""
     format: Format = "onnx"
@@ -47,11 +47,11 @@ class ExportModel:
 def write(config: ExportModel) -> str:
     """Export; returns where it is and how well it agrees."""
     with TemporaryDirectory() as temporary:
-        folder = config.bundle
-        if config.model is not None:
+        if config.bundle is not None:
+            folder = local_folder_copy(config.bundle)
+        else:
             client = connect(config.tracking, resolve_storage(config.storage))
-            folder = fetch_bundle(client, config.model, Path(temporary))
-        assert folder is not None
+            folder = fetch_bundle(client, str(config.model), Path(temporary))
         if config.format == "monai":
             return f"exported: {export_monai(folder, config.to).absolute()}"
         bundle = Bundle.load(folder)

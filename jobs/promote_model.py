@@ -9,7 +9,6 @@ recorded: when, from and to which version, with which figures, and by whom and w
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from raymed.bundle import NOT_STATED
@@ -18,7 +17,7 @@ from raymed.registry.card import write_card
 from raymed.registry.command import command
 from raymed.registry.config import check_name
 from raymed.registry.promote import CANDIDATE, promote, roll_back
-from raymed.registry.register import add
+from raymed.registry.register import add, bundle_folder
 from raymed.registry.store import alias_of, version_of
 from raymed.storage import resolve_storage
 from raymed.tracking import connect
@@ -38,8 +37,8 @@ class PromoteModel:
     """On whom, by whom and for which decision the model is meant to be used; needed unless stated for this version."""
     rollback: bool = False
     """Make the champion before this one champion again."""
-    bundle: Path | None = None
-    """Register this bundle first, as one that could not be registered at the end of its job."""
+    bundle: str | None = None
+    """Register this bundle first (a folder or s3:// location), as one that could not be registered by its job."""
     by: str = NOT_STATED
     """Who decided; recorded."""
     why: str = NOT_STATED
@@ -66,8 +65,9 @@ def change(config: PromoteModel) -> str:
         record = roll_back(client, config.model, by=config.by, why=config.why)
         return f"champion: {config.model} version {record['to_version']} (was {record['from_version']})"
     if config.bundle is not None:
-        write_card(config.bundle, config.model)
-        number = add(client, config.bundle, config.model).version
+        with bundle_folder(config.bundle) as folder:
+            write_card(folder, config.model)
+            number = add(client, folder, config.model).version
     else:
         number = config.version
     version = version_of(client, config.model, number) if number else alias_of(client, config.model, CANDIDATE)

@@ -4,22 +4,24 @@
     extras.safetensors   further tensors, where there are any: what tells foreign images from known ones
     bundle.json          everything else, and the sha256 of the other files
 
-Nothing in a bundle is ever unpickled. The task that made it knows how to use it; `kind` names that task's handler.
+The folder may be one in a bucket (s3://BUCKET/KEY). Nothing in a bundle is ever unpickled. The task that made it knows
+how to use it; `kind` names that task's handler.
 """
 
 import hashlib
 import json
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from raymed.config import UserError, to_json
-from raymed.storage import write_atomic
+from raymed.storage import is_remote, join, local_folder_copy, write_bytes
 
 FORMAT = 2
 """1: without contract, calibration, uncertain_band, ood, licences, intended_use and extras. It is still read."""
 NOT_STATED = "not stated"
 _JSON = "bundle.json"
+L = TypeVar("L", str, Path)
 _TENSORS = {"weights": "model.safetensors", "extras": "extras.safetensors"}
 
 
@@ -53,34 +55,43 @@ class Bundle:
     intended_use: str = NOT_STATED
     extras: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, folder: Path) -> Path:
+    def save(self, folder: L) -> L:
         """Write the bundle; an existing one in the folder is replaced file by file, the JSON last."""
         from safetensors.torch import save
 
-        folder.mkdir(parents=True, exist_ok=True)
         hashes = {}
         for name, file in _TENSORS.items():
             if name == "extras" and not self.extras:
                 continue
             tensors = getattr(self, name)
             raw = save({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()})
-            write_atomic(folder / file, raw)
+            write_bytes(join(folder, file), raw)
             hashes[file] = hashlib.sha256(raw).hexdigest()
         described = {name: value for name, value in vars(self).items() if name not in _TENSORS}
-        write_atomic(folder / _JSON, to_json(described | {"format": FORMAT, "sha256": hashes}))
+        write_bytes(join(folder, _JSON), to_json(described | {"format": FORMAT, "sha256": hashes}).encode())
         if not self.extras:
-            (folder / _TENSORS["extras"]).unlink(missing_ok=True)  # of the bundle that was replaced
+            _remove(join(folder, _TENSORS["extras"]))  # of the bundle that was replaced
         return folder
 
     @classmethod
-    def load(cls, folder: Path) -> "Bundle":
+    def load(cls, folder: str | Path) -> "Bundle":
         """Read a bundle. Raises UserError when a file is missing or damaged, or its format newer."""
+        folder = local_folder_copy(folder)
         for name in (_TENSORS["weights"], _JSON):
             if not (folder / name).is_file():
                 raise UserError(f"{folder} is not a bundle: {name} is missing")
         described, hashes = _read_json(folder / _JSON)
         tensors = {name: _read_tensors(folder, file, hashes[file]) for name, file in _TENSORS.items() if file in hashes}
         return cls(**tensors, **described)
+
+
+def _remove(location: str | Path) -> None:
+    if is_remote(location):
+        from raymed.storage.s3 import delete
+
+        delete([str(location)])
+    else:
+        Path(location).unlink(missing_ok=True)
 
 
 def _unknown() -> dict[str, str]:

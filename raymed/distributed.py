@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raymed.ledger import COMMUNICATION, span
+
 T = TypeVar("T")
 
 
@@ -66,8 +68,18 @@ def all_gather_object(obj: T) -> list[T]:
     if world_size() == 1:
         return [obj]
     objects: list[Any] = [None] * world_size()
-    dist.all_gather_object(objects, obj)
+    with span(COMMUNICATION):
+        dist.all_gather_object(objects, obj)
     return objects
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is true on any rank. device: where the group communicates."""
+    flags = torch.tensor(float(flag), device=device)
+    if world_size() > 1:
+        with span(COMMUNICATION):
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+    return bool(flags.item())
 
 
 class _AllGather(torch.autograd.Function):
@@ -97,11 +109,13 @@ class _AllReduceSum(torch.autograd.Function):
 def _concatenate(x: Tensor) -> Tensor:
     x = x.contiguous()
     parts = [torch.empty_like(x) for _ in range(world_size())]
-    dist.all_gather(parts, x)
+    with span(COMMUNICATION):
+        dist.all_gather(parts, x)
     return torch.cat(parts)
 
 
 def _sum(x: Tensor) -> Tensor:
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total)
+    with span(COMMUNICATION):
+        dist.all_reduce(total)
     return total

@@ -7,6 +7,7 @@ import torch
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
+from raymed.storage import working_copy
 
 
 @pytest.fixture
@@ -127,3 +128,37 @@ def test_nothing_is_pickled(bundle, tmp_path):
     raw = (bundle.save(tmp_path) / "model.safetensors").read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
     assert header["count"]["dtype"] == "I64" and header["conv.weight"]["shape"] == [2, 4, 3, 3]
+
+
+def test_a_bundle_in_a_bucket(bundle, s3, tmp_path):
+    place = f"{s3.url}/models/bundle"
+    assert bundle.save(place) == place
+    files = ("bundle.json", "extras.safetensors", "model.safetensors")
+    assert sorted(s3.keys()) == [f"models/bundle/{file}" for file in files]
+    assert s3.get("models/bundle/model.safetensors") == (bundle.save(tmp_path) / "model.safetensors").read_bytes()
+    loaded = Bundle.load(place)
+    assert described(loaded) == described(bundle)
+    assert torch.equal(loaded.weights["conv.weight"], bundle.weights["conv.weight"])
+    assert torch.equal(loaded.extras["ood.means"], bundle.extras["ood.means"])
+    bundle.weights, bundle.extras = {"other": torch.zeros(2)}, {}
+    bundle.save(place)
+    assert sorted(s3.keys()) == ["models/bundle/bundle.json", "models/bundle/model.safetensors"]
+    assert set(Bundle.load(place).weights) == {"other"} and Bundle.load(place).extras == {}
+
+
+def test_a_bundle_in_a_working_copy_comes_from_its_bucket(bundle, s3):
+    bundle.save(f"{s3.url}/runs/one/bundle")
+    assert described(Bundle.load(working_copy(f"{s3.url}/runs/one/bundle"))) == described(bundle)
+
+
+def test_a_damaged_or_missing_bundle_in_a_bucket(bundle, s3, tmp_path):
+    place = bundle.save(f"{s3.url}/bundle")
+    raw = bytearray(s3.get("bundle/model.safetensors"))
+    raw[-5] ^= 1
+    s3.put("bundle/model.safetensors", bytes(raw))
+    with pytest.raises(UserError, match="model.safetensors is damaged: its sha256 is not the one in bundle.json"):
+        Bundle.load(place)
+    with pytest.raises(UserError, match=f"{s3.url}/none"):
+        Bundle.load(f"{s3.url}/none")
+    with pytest.raises(UserError, match=f"{tmp_path / 'none'}"):
+        Bundle.load(tmp_path / "none")

@@ -5,6 +5,8 @@ and config.json. Imports nothing else of this project.
 """
 
 import json
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +19,23 @@ def conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
     return nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False)
 
 
+def group_norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(channels // math.gcd(channels, 8), channels)
+
+
+Norm = Callable[[int], nn.Module]
+NORMS: dict[str, Norm] = {"batch": nn.BatchNorm2d, "group": group_norm}
+
+
 class Block(nn.Module):
-    def __init__(self, inputs: int, outputs: int, stride: int):
+    def __init__(self, inputs: int, outputs: int, stride: int, norm: Norm):
         super().__init__()
-        self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), nn.BatchNorm2d(outputs)
-        self.conv2, self.bn2 = conv(outputs, outputs, 3), nn.BatchNorm2d(outputs)
+        self.conv1, self.bn1 = conv(inputs, outputs, 3, stride), norm(outputs)
+        self.conv2, self.bn2 = conv(outputs, outputs, 3), norm(outputs)
         self.shortcut = nn.Identity()
         if stride > 1:
             pool = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
-            self.shortcut = nn.Sequential(pool, conv(inputs, outputs, 1), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(pool, conv(inputs, outputs, 1), norm(outputs))
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.silu(self.bn1(self.conv1(x)), inplace=True)
@@ -33,11 +43,11 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    def __init__(self, channels: int, widths: tuple[int, ...] = (16, 32, 64, 128)):
+    def __init__(self, channels: int, norm: Norm, widths: tuple[int, ...] = (16, 32, 64, 128)):
         super().__init__()
-        self.stem = nn.Sequential(conv(channels, widths[0], 3), nn.BatchNorm2d(widths[0]), nn.SiLU(inplace=True))
+        self.stem = nn.Sequential(conv(channels, widths[0], 3), norm(widths[0]), nn.SiLU(inplace=True))
         before = (widths[0], *widths)
-        self.blocks = nn.Sequential(*(Block(before[k], w, 1 if k == 0 else 2) for k, w in enumerate(widths)))
+        self.blocks = nn.Sequential(*(Block(before[k], w, 1 if k == 0 else 2, norm) for k, w in enumerate(widths)))
         self.linear = nn.Linear(widths[-1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,16 +57,17 @@ class ResNet(nn.Module):
 class PlainTraining:
     """One training, as many steps at a time as asked for."""
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, folder: Path, steps: int, device: str = "cpu"):
         """steps: of the whole schedule."""
         config = json.loads((folder / "config.json").read_text())
-        self.images = torch.from_numpy(np.load(folder / "images.npy"))
-        self.labels = torch.from_numpy(np.load(folder / "labels.npy")).float()
+        self.images = torch.from_numpy(np.load(folder / "images.npy")).to(device)
+        self.labels = torch.from_numpy(np.load(folder / "labels.npy")).float().to(device)
         self.order = torch.from_numpy(np.load(folder / "order.npy"))
-        self.mean, self.std = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
-        self.model = ResNet(self.images.shape[1])
+        self.mean, self.std = (torch.tensor(config[name], device=device)[:, None, None] for name in ("mean", "std"))
+        self.model = ResNet(self.images.shape[1], NORMS[config["norm"]])
         self.model.load_state_dict(torch.load(folder / "weights.pt"))
-        self.model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+        self.forward: nn.Module = self.model
         self.parameters = list(self.model.parameters())
         self.weights = [p.detach() for p in self.parameters]
         self.ema = [weight.clone() for weight in self.weights]
@@ -82,21 +93,31 @@ class PlainTraining:
         for _ in range(steps):
             pending.append(self.step())
             if len(pending) == 10:
-                self.losses += torch.stack(pending).tolist()
+                self.losses += self.read(torch.stack(pending))
                 pending = []
-        self.losses += [loss.item() for loss in pending]
+        if pending:
+            self.losses += self.read(torch.stack(pending))
 
-    def step(self) -> Tensor:
+    def read(self, losses: Tensor) -> list[float]:
+        return losses.tolist()
+
+    def loss(self) -> Tensor:
         rows = self.order[self.done]
         x = (self.images[rows].float() / 255 - self.mean) / self.std
-        loss = F.binary_cross_entropy_with_logits(self.model(x), self.labels[rows])
+        return F.binary_cross_entropy_with_logits(self.forward(x), self.labels[rows])
+
+    def step(self) -> Tensor:
+        loss = self.loss()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        with torch.no_grad():
-            decay = min(self.ema_decay, (1 + self.done) / (10 + self.done))
-            torch._foreach_lerp_(self.ema, self.weights, 1 - decay)
+        self.average()
         self.done += 1
         return loss.detach()
+
+    @torch.no_grad()
+    def average(self) -> None:
+        decay = min(self.ema_decay, (1 + self.done) / (10 + self.done))
+        torch._foreach_lerp_(self.ema, self.weights, 1 - decay)

@@ -1,7 +1,7 @@
 """The manifest: a table with one row an image, and the config that says what its columns mean.
 
-CSV, TSV, Parquet or a MedMNIST npz. Everything in it is text: identifiers keep their leading zeros. Rows are counted
-from 1, as in the file.
+CSV, TSV, Parquet or a MedMNIST npz. It may lie in a bucket (s3://BUCKET/KEY), and so may its images. Everything in it
+is text: identifiers keep their leading zeros. Rows are counted from 1, as in the file.
 """
 
 import difflib
@@ -16,11 +16,13 @@ from typing import Literal
 import pandas as pd
 
 from raymed.config import UserError, check_choice, check_range
+from raymed.data.locations import Location, as_location, below, ending, folder_of, near
 from raymed.data.medmnist import read_archive
 from raymed.data.preprocess import Preprocess
 from raymed.data.problems import Problem, settle
 from raymed.data.readers import ImageFile, Source
 from raymed.data.regions import BOX_FORMAT, parse_boxes
+from raymed.storage import exists
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
@@ -36,11 +38,12 @@ class DataConfig:
     """Which images, which column means what, and what is to be found."""
 
     manifest: str = "phantoms"
-    """A table with one row an image (CSV, TSV, Parquet), a MedMNIST npz, or "phantoms": drawn HSG X-rays."""
+    """A table with one row an image (CSV, TSV, Parquet) or a MedMNIST npz: a file, or s3://BUCKET/KEY; or "phantoms":
+    drawn HSG X-rays."""
     root: str | None = None
-    """The folder that image paths are relative to; None = that of the manifest."""
+    """The folder that image paths are relative to, s3:// included; None = that of the manifest."""
     image: str = "image"
-    """Column with the image's path."""
+    """Column with the image's path, or its s3:// address."""
     label: str = "label"
     """Column with the name of the class."""
     patient: str | None = None
@@ -121,7 +124,7 @@ def read_manifest(config: DataConfig) -> Manifest:
         UserError: file missing, empty or damaged; a mapped column missing; rows that cannot be used (all of them are
             listed); one class only; the positive class not stated or unknown.
     """
-    path = Path(config.manifest).expanduser()
+    path = as_location(config.manifest)
     raw, names, sources = _read(path, config.classes)
     if raw.empty:
         raise UserError(f"{path} is empty: a header and one row an image are expected")
@@ -129,7 +132,7 @@ def read_manifest(config: DataConfig) -> Manifest:
     table = _map_columns(raw, config, path, notes)
     problems = [*_cell_problems(table, names, config), *_split_problems(table)]
     good = settle(table, problems, config.on_problem, notes)
-    root = Path(config.root).expanduser() if config.root else path.parent
+    root = as_location(config.root) if config.root else folder_of(path)
     table = _normal_form(good, root, [sources[row - 1] for row in good["row"]] if sources else None)
     table = settle(table, _duplicate_rows(table), config.on_problem, notes)
     classes = names or tuple(sorted(set(table["label"])))
@@ -137,40 +140,49 @@ def read_manifest(config: DataConfig) -> Manifest:
     return Manifest(table, classes, _positive(table["label"].tolist(), config.positive), notes)
 
 
-def _read(path: Path, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], Sequence[Source]]:
+def _read(path: Location, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], Sequence[Source]]:
     """The table as text; the class names that are known without it; for an archive, where its images lie."""
-    if not path.is_file():
-        siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        hint = f" (did you mean {path.parent / near[0]}?)" if near else ""
-        where = "" if path.is_absolute() else f" in {Path.cwd()} (a job on a cluster needs an absolute path)"
-        raise UserError(f"data.manifest: there is no file {path}{where}{hint}")
-    if path.suffix == ".npz":
+    _check_there(path)
+    if ending(path) == ".npz":
         return read_archive(path, classes)
-    check_choice("data.manifest: the file's ending", path.suffix.lower(), (".csv", ".tsv", ".parquet", ".npz"))
+    check_choice("data.manifest: the file's ending", ending(path), (".csv", ".tsv", ".parquet", ".npz"))
     try:
         return read_table(path), classes, ()
     except pd.errors.EmptyDataError as error:
         raise UserError(f"{path} is empty: a header and one row an image are expected") from error
     except (ValueError, OSError) as error:  # includes pandas' ParserError, pyarrow's ArrowInvalid, wrong encodings
-        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {error}") from error
+        raise UserError(f"{path} cannot be read as {ending(path)[1:]}: {error}") from error
 
 
-def read_table(path: Path) -> pd.DataFrame:
+def _check_there(path: Location) -> None:
+    """Raise UserError where there is no such file."""
+    if exists(path) and near(path).is_file():
+        return
+    if isinstance(path, str):
+        raise UserError(f"data.manifest: there is no object {path}")
+    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    alike = difflib.get_close_matches(path.name, siblings, n=1)
+    hint = f" (did you mean {path.parent / alike[0]}?)" if alike else ""
+    where = "" if path.is_absolute() else f" in {Path.cwd()} (a job on a cluster needs an absolute path)"
+    raise UserError(f"data.manifest: there is no file {path}{where}{hint}")
+
+
+def read_table(path: Location) -> pd.DataFrame:
     """A CSV, TSV or Parquet file with every cell as text; what is empty is ""."""
-    if path.suffix.lower() == ".parquet":
+    file = near(path)
+    if ending(path) == ".parquet":
         # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
-        table = pd.read_parquet(path).convert_dtypes()
+        table = pd.read_parquet(file).convert_dtypes()
     else:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
+        separator = "\t" if ending(path) == ".tsv" else ","
         table = pd.read_csv(
-            path, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
+            file, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
         )
     text = table.astype("string").fillna("").astype(object)
     return text.rename(columns=lambda name: str(name).strip()).map(str.strip)
 
 
-def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Path, notes: list[str]) -> pd.DataFrame:
+def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Location, notes: list[str]) -> pd.DataFrame:
     """The columns that are used, under the names of their fields."""
     columns = {field: _required_column(raw, field, getattr(config, field), path) for field in ("image", "label")}
     for field in _OPTIONAL:
@@ -179,7 +191,7 @@ def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Path, notes: list[
             columns[field] = _required_column(raw, field, wanted, path)
         elif wanted is None and (found := _column_called(raw, field)):
             columns[field] = found
-            if path.suffix != ".npz":
+            if ending(path) != ".npz":
                 notes.append(f"{field}: column {found!r}, by its name (--data.{field} '' to leave it unused)")
     if "mask" in columns and "box" in columns:
         notes.append("box has no effect where there is a mask")
@@ -188,7 +200,7 @@ def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Path, notes: list[
     return table
 
 
-def _required_column(raw: pd.DataFrame, field: str, name: str, path: Path) -> str:
+def _required_column(raw: pd.DataFrame, field: str, name: str, path: Location) -> str:
     columns = list(raw.columns)
     if name in columns:
         return name
@@ -231,13 +243,13 @@ def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
                 yield Problem(row, "unknown split", text)
 
 
-def _files(table: pd.DataFrame, column: str, root: Path) -> list[ImageFile | None]:
+def _files(table: pd.DataFrame, column: str, root: Location) -> list[ImageFile | None]:
     frames = table["frame"] if "frame" in table else [""] * len(table)
     names = zip(table[column], frames, strict=True)
-    return [ImageFile(root / name, int(frame) if frame else None) if name else None for name, frame in names]
+    return [ImageFile(below(root, name), int(frame) if frame else None) if name else None for name, frame in names]
 
 
-def _normal_form(table: pd.DataFrame, root: Path, sources: Sequence[Source] | None) -> pd.DataFrame:
+def _normal_form(table: pd.DataFrame, root: Location, sources: Sequence[Source] | None) -> pd.DataFrame:
     """Splits under their one name, a source for every image, and what masks and boxes there are."""
     columns: dict[str, Sequence] = {"source": sources or _files(table, "image", root)}
     if "mask" in table:

@@ -7,12 +7,13 @@ The archive states neither patients nor the names of its classes; the names are 
 import re
 import zipfile
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pandas as pd
 
 from raymed.config import UserError
+from raymed.data.locations import Location, near
 from raymed.data.readers import ImageProblem, Window, check_varies
 
 _ORGANS = (
@@ -51,13 +52,13 @@ CLASS_NAMES = {
 class Archive:
     """An npz whose images are read when the first of them is asked for."""
 
-    path: Path
+    path: Location
     _images: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
 
     def images(self, split: str) -> np.ndarray:
         """All images of a split (N, H, W) or (N, H, W, 3)."""
         if split not in self._images:
-            with np.load(self.path, allow_pickle=False) as npz:
+            with np.load(near(self.path), allow_pickle=False) as npz:
                 images = npz[f"{split}_images"]
             two_d = images.ndim in (3, 4) and images.shape[3:] in ((), (3,))
             if not two_d or images.dtype not in (np.uint8, np.uint16):
@@ -77,10 +78,18 @@ class ArchiveImage:
     split: str
     number: int
 
+    @property
+    def path(self) -> Location:
+        """The archive."""
+        return self.archive.path
+
     def identity(self) -> tuple[str | int | None, ...]:
-        """Path, size and time of the archive, and where the image lies in it."""
-        status = self.archive.path.stat()
-        return str(self.archive.path), status.st_size, status.st_mtime_ns, self.split, self.number
+        """Path of the archive, and where the image lies in it."""
+        return str(self.path), self.split, self.number
+
+    def at(self, path: Path) -> "ArchiveImage":
+        """The same image: an archive finds its copy by itself, since its images are read once for all of them."""
+        return self
 
     def read(self, window: Window | None = None) -> np.ndarray:
         """The pixels. Raises ImageProblem. There is nothing to window."""
@@ -90,7 +99,7 @@ class ArchiveImage:
         return check_varies(images[self.number])
 
 
-def read_archive(path: Path, names: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], list[ArchiveImage]]:
+def read_archive(path: Location, names: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], list[ArchiveImage]]:
     """The archive as a table with the columns image, label, split; the names of its classes; where the images lie.
 
     `names` by label number; empty: the published ones, and where there are none, the numbers. A number without a name
@@ -99,7 +108,7 @@ def read_archive(path: Path, names: tuple[str, ...]) -> tuple[pd.DataFrame, tupl
     Raises:
         UserError: not an npz of this kind.
     """
-    names = names or CLASS_NAMES.get(re.sub(r"_\d+$", "", path.stem), ())
+    names = names or CLASS_NAMES.get(re.sub(r"_\d+$", "", PurePosixPath(path).stem), ())
     labels = _read_labels(path)
     rows = [
         (f"{split}_images[{i}]", names[k] if 0 <= k < len(names) else str(k), split)
@@ -111,10 +120,10 @@ def read_archive(path: Path, names: tuple[str, ...]) -> tuple[pd.DataFrame, tupl
     return pd.DataFrame(rows, columns=["image", "label", "split"]), names, sources
 
 
-def _read_labels(path: Path) -> dict[str, list[int]]:
+def _read_labels(path: Location) -> dict[str, list[int]]:
     labels = {}
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with np.load(near(path), allow_pickle=False) as npz:
             for split in ("train", "val", "test"):
                 if f"{split}_images" in npz and f"{split}_labels" in npz:
                     labels[split] = npz[f"{split}_labels"]

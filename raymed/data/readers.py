@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from raymed.config import UserError
+from raymed.data.locations import Location, near
+from raymed.storage import exists
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -27,8 +29,17 @@ class ImageProblem(UserError):
 class Source(Protocol):
     """Where one image lies."""
 
+    @property
+    def path(self) -> Location:
+        """The file that it lies in."""
+        ...
+
     def identity(self) -> tuple[str | int | None, ...]:
-        """What the decoded pixels depend on, as JSON values: path, frame, size and time of the file."""
+        """Which image of which file, as JSON values."""
+        ...
+
+    def at(self, path: Path) -> "Source":
+        """The same image in a copy of its file."""
         ...
 
     def read(self, window: Window | None = None) -> np.ndarray:
@@ -40,19 +51,30 @@ class Source(Protocol):
 class ImageFile:
     """An image in a file of its own, or one frame of a file."""
 
-    path: Path
+    path: Location
     frame: int | None = None
 
     def identity(self) -> tuple[str | int | None, ...]:
-        """Path, frame, size and time of the file; no size and time where there is none."""
-        if not self.path.is_file():
-            return str(self.path), self.frame, None, None
-        status = self.path.stat()
-        return str(self.path), self.frame, status.st_size, status.st_mtime_ns
+        """Path and frame."""
+        return str(self.path), self.frame
+
+    def at(self, path: Path) -> "ImageFile":
+        """The same image in a copy of its file."""
+        return ImageFile(path, self.frame)
 
     def read(self, window: Window | None = None) -> np.ndarray:
-        """The pixels. Raises ImageProblem."""
-        return read(self.path, self.frame, window)
+        """The pixels. Raises ImageProblem; another UserError where a bucket cannot be read."""
+        return read(self.near(), self.frame, window)
+
+    def near(self) -> Path:
+        """The file on this machine. Raises ImageProblem for an object that is not there; another UserError where its
+        bucket cannot be read."""
+        try:
+            return near(self.path)
+        except UserError as error:
+            if exists(self.path):
+                raise
+            raise ImageProblem(f"no image at {self.path}") from error
 
 
 def read(path: str | Path, frame: int | None = None, window: Window | None = None) -> np.ndarray:

@@ -4,18 +4,19 @@ All of them are read and checked once, when the data set is; afterwards each is 
 
   regions-KEY.json  per image: its size, its mask's file, its boxes; and what is wrong with them
 
-KEY is a hash of the same, with the sizes and times of the masks' files.
+KEY is a hash of the same, with the sizes and times (in a bucket: ETags) of the masks' files.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from raymed.data.cache import on_threads
+from raymed.data.locations import Location, Version, as_location, fetch, versions
 from raymed.data.readers import ImageFile, ImageProblem, read_mask
 from raymed.storage import write_atomic
 
@@ -44,7 +45,7 @@ class Region:
 
     def _read_mask(self, mask: ImageFile) -> np.ndarray:
         try:
-            pixels = read_mask(mask.path, mask.frame)
+            pixels = read_mask(mask.near(), mask.frame)
         except ImageProblem as problem:
             raise ImageProblem(f"the mask {mask.path}: {problem}") from problem
         if pixels.shape != self.shape:
@@ -90,9 +91,15 @@ def parse_boxes(text: str) -> tuple[Box, ...] | None:
 
 def check_regions(regions: Sequence[Region], cache_dir: Path) -> tuple[Path, dict[int, str]]:
     """Read all regions once, or find that they were. Returns the file for `load_regions`, and i -> what is wrong."""
-    path = cache_dir / f"regions-{_key(regions)}.json"
+    found = versions(region.mask.path for region in regions if region.mask)
+    path = cache_dir / f"regions-{_key(regions, found)}.json"
     if not path.is_file():
-        why = on_threads(lambda i: regions[i].problem(), len(regions), "Reading masks")
+
+        def prepare(block: range) -> None:
+            masks = (mask for i in block if (mask := regions[i].mask))
+            fetch(mask.path for mask in masks if found[mask.path][0] is not None)
+
+        why = on_threads(lambda i: regions[i].problem(), len(regions), "Reading masks", prepare)
         problems = {i: text for i, text in enumerate(why) if text}
         write_atomic(path, json.dumps({"regions": [_plain(region) for region in regions], "problems": problems}))
     return path, {int(i): text for i, text in json.loads(path.read_text())["problems"].items()}
@@ -102,7 +109,7 @@ def load_regions(path: Path) -> list[Region]:
     """What `check_regions` was given."""
 
     def region(shape: list[int], mask: str | None, frame: int | None, boxes: list[list[float]]) -> Region:
-        file = ImageFile(Path(mask), frame) if mask else None
+        file = ImageFile(as_location(mask), frame) if mask else None
         return Region(tuple(shape), file, tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in boxes))
 
     return [region(*plain) for plain in json.loads(path.read_text())["regions"]]
@@ -114,7 +121,7 @@ def _plain(region: Region) -> tuple:
     return region.shape, *mask, region.boxes
 
 
-def _key(regions: Sequence[Region]) -> str:
-    files = [region.mask.identity() if region.mask else None for region in regions]
+def _key(regions: Sequence[Region], found: Mapping[Location, Version]) -> str:
+    files = [found[region.mask.path] if region.mask else None for region in regions]
     described = json.dumps([_FORMAT, [_plain(region) for region in regions], files])
     return hashlib.sha256(described.encode()).hexdigest()[:32]

@@ -6,7 +6,9 @@ with average pooling in the shortcuts that shrink (ResNet-D, He et al., "Bag of 
 
 import itertools
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -43,6 +45,7 @@ class ResNetSmall(nn.Module):
     def __init__(self, in_channels: int = 1, widths: tuple[int, ...] = (16, 32, 64, 128)):
         super().__init__()
         self.head_hidden_size = widths[-1]
+        self.grad_checkpointing = False
         self.stem = nn.Sequential(_conv(in_channels, widths[0], 3), nn.BatchNorm2d(widths[0]), nn.SiLU(inplace=True))
         blocks = [Block(widths[0], widths[0], stride=1)]
         blocks += [Block(before, width, stride=2) for before, width in itertools.pairwise(widths)]
@@ -58,7 +61,16 @@ class ResNetSmall(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images (B, in_channels, H, W) -> maps (B, head_hidden_size, H / 8, W / 8), rounded up."""
-        return self.blocks(self.stem(x))
+        if not (self.grad_checkpointing and torch.is_grad_enabled()):
+            return self.blocks(self.stem(x))
+        for part in (self.stem, *self.blocks):
+            x = checkpoint(part, x, use_reentrant=False)  # type: ignore[assignment]
+        return x
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the inputs of the stem and of each block for the backward pass, and compute the rest again there.
+        See `raymed.models.checkpointing`."""
+        self.grad_checkpointing = enable
 
     def forward_head(self, maps: Tensor, pre_logits: bool = True) -> Tensor:
         """Maps -> features (B, head_hidden_size), their means. There is no classifier to leave out."""

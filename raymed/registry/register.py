@@ -13,6 +13,8 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ from raymed.registry.config import RegisterConfig, check_name, is_stated
 from raymed.registry.promote import CANDIDATE, CHAMPION, FIGURES, MODEL_ID, description, promote
 from raymed.registry.schema import input_example, requirements, signature
 from raymed.registry.store import BUNDLE, alias_of, find_run, lookup
+from raymed.storage import is_remote, local_folder_copy
 from raymed.tracking import connect
 
 if TYPE_CHECKING:
@@ -47,6 +50,17 @@ class Registered:
     def uri(self) -> str:
         """What MLflow loads."""
         return f"models:/{self.name}/{self.version}"
+
+
+@contextmanager
+def bundle_folder(location: str | Path) -> Iterator[Path]:
+    """The folder of a bundle, to write its card into; of one in a bucket (s3://BUCKET/FOLDER) a copy, for as long as
+    the block lasts. Raises UserError where there is nothing."""
+    if not is_remote(location):
+        yield Path(location)
+        return
+    with tempfile.TemporaryDirectory(prefix="raymed-bundle-") as temporary:
+        yield shutil.copytree(local_folder_copy(location), Path(temporary, "bundle"))
 
 
 def register(

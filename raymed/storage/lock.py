@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from raymed.config import UserError
+from raymed.storage.locations import remote_of
 from raymed.storage.paths import write_atomic
 
 
@@ -14,11 +15,25 @@ from raymed.storage.paths import write_atomic
 def lock(path: str | Path) -> Iterator[None]:
     """Hold the lock file `path` (its folder is created), or raise UserError naming the process that holds it.
 
-    The operating system frees the lock when its process ends, however it ends.
+    The operating system frees the lock when its process ends, however it ends. In the working copy of a storage in S3
+    a lock object keeps out other machines too (`raymed.storage.remote_lock`), but not from a cache, which each has.
     """
-    from filelock import FileLock, Timeout
+    from raymed.storage.remote_lock import remote_lock
 
     path = Path(path)
+    url = remote_of(path)
+    with _file_lock(path):
+        if url is None or "cache" in url.split("/"):
+            yield
+            return
+        with remote_lock(url):
+            yield
+
+
+@contextmanager
+def _file_lock(path: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
     path.parent.mkdir(parents=True, exist_ok=True)
     holder = path.with_name(path.name + ".pid")  # beside the lock: some versions of filelock empty the lock file itself
     held = FileLock(path)

@@ -42,13 +42,14 @@ def local_folder(storage: Path, what: str) -> Path:
     """
     folder = storage / what
     if is_network_share(storage):
-        folder = _local_root() / hashlib.sha256(str(storage).encode()).hexdigest()[:12] / what
+        folder = local_root() / hashlib.sha256(str(storage).encode()).hexdigest()[:12] / what
         _announce(storage, folder)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
-def _local_root() -> Path:
+def local_root() -> Path:
+    """Folder on a disk of this machine for what can be had again: $RAYMED_LOCAL, else ~/.cache/raymed."""
     if chosen := os.environ.get("RAYMED_LOCAL"):
         return Path(chosen).expanduser().absolute()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute()

@@ -7,26 +7,52 @@ from pathlib import Path
 
 from raymed.config import UserError
 
-
-def home() -> Path:
-    """$RAYMED_HOME, else ~/.raymed, as an absolute path. It need not exist."""
-    return Path(os.environ.get("RAYMED_HOME") or "~/.raymed").expanduser().absolute()
+_CHECK_SECONDS = 15.0  # a person waits
 
 
-def resolve_storage(path: str | Path | None = None) -> Path:
-    """The absolute folder everything persistent lies under (default: home()), created.
+def storage_folder(location: str | Path | None = None) -> Path:
+    """The absolute folder everything persistent lies under: `location`, else $RAYMED_HOME, else ~/.raymed; that of
+    s3://BUCKET/PREFIX is its working copy (`raymed.storage.locations`). It need not exist."""
+    given = str(location or os.environ.get("RAYMED_HOME") or "~/.raymed")
+    if given.startswith("s3://"):
+        from raymed.storage.locations import working_copy
 
-    Raises UserError when it is not a folder on this machine or cannot be written.
-    """
-    if path is not None and "://" in str(path):
-        raise UserError(f"--storage must be a folder (a mounted one for several nodes), got {path}")
-    folder = home() if path is None else Path(path).expanduser().absolute()
+        return working_copy(given)
+    return Path(given).expanduser().absolute()
+
+
+def resolve_storage(location: str | Path | None = None) -> Path:
+    """`storage_folder`, created and tried out. Raises UserError when it cannot be written, or, of a bucket, deleted
+    from, or is neither."""
+    given = str(location or os.environ.get("RAYMED_HOME") or "")
+    if "://" in given:
+        _try_bucket(given)
+        return _writable(storage_folder(given), "RAYMED_LOCAL")
+    return _writable(storage_folder(location), "--storage PATH")
+
+
+def _try_bucket(url: str) -> None:
+    from raymed.storage import s3
+    from raymed.storage.client import patience
+
+    if not url.startswith("s3://"):
+        raise UserError(
+            f"--storage must be a folder (a mounted one for several nodes) or s3://BUCKET/PREFIX, got {url}"
+        )
+    probe = f"{url.rstrip('/')}/.raymed-{uuid.uuid4().hex}"
+    with patience(_CHECK_SECONDS):
+        s3.listing(url, limit=1)  # some servers would make a missing bucket when an object is put
+        s3.put_bytes(probe, b"")
+        s3.delete([probe])
+
+
+def _writable(folder: Path, by: str) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = error.strerror or error
-        raise UserError(f"cannot write to {folder} ({reason}): give a writable folder with --storage PATH") from error
+        raise UserError(f"cannot write to {folder} ({reason}): give a writable folder with {by}") from error
     return folder
 
 

@@ -4,11 +4,13 @@ A `Task` names its networks and yields losses. The loop (`raymed.train`) turns e
 and a step, on that network's engine; it knows nothing else about the task. A recipe is a tuple of `Phase`s.
 """
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
+from weakref import WeakValueDictionary
 
+import torch
 from torch import Tensor, nn
 
 from raymed.bundle import Bundle
@@ -97,11 +99,52 @@ class Step:
             yield k, batch
 
 
+class Memory(Mapping[str, Tensor]):
+    """What a task remembers between steps: tensors by name, read and written in place or by item assignment.
+
+    Names, shapes and dtypes are those of `Task.memory()` and stay; a value of another kind raises UserError. What is
+    read shares its numbers with the memory but no graph: a gradient never reaches back over a step.
+    """
+
+    def __init__(self, start: Mapping[str, Tensor], device: torch.device):
+        self._held = {
+            name: value.detach().to(device).clone(memory_format=torch.contiguous_format)
+            for name, value in start.items()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._held[name].detach()
+
+    def __setitem__(self, name: str, value: Tensor) -> None:
+        if name not in self._held:
+            raise UserError(f"nets.memory has no {name!r}: Task.memory() names {', '.join(self._held) or 'nothing'}")
+        held = self._held[name]
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (held.shape, held.dtype):
+            raise UserError(f"nets.memory[{name!r}] is {_kind(held)} and stays so, got {_kind(value)}")
+        held.copy_(value.detach())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._held)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+
+def _kind(value: object) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else repr(value)
+
+
 class Nets(Protocol):
     """The loop's proxies for a task's networks."""
 
+    @property
+    def memory(self) -> Memory:
+        """What `Task.memory` began, on the device, as the steps so far have left it."""
+        ...
+
     def __getitem__(self, name: str) -> Any:
-        """The network as a function: through its engine while it trains, otherwise raw, frozen and in eval mode."""
+        """The network as a function: through its engine while it trains (raw if it is one of `Task.double_backward`),
+        otherwise raw, frozen and in eval mode."""
         ...
 
     def training(self, name: str) -> AbstractContextManager[None]:
@@ -113,8 +156,42 @@ class Nets(Protocol):
         ...
 
 
+_sealed: WeakValueDictionary[int, "Task"] = WeakValueDictionary()
+
+
 class Task:
-    """Base of all tasks. A task holds configs and no state that changes."""
+    """Base of all tasks. A task holds configs and no state that changes: what it has to remember between steps is in
+    `nets.memory`, which is part of a checkpoint. From when its networks are first built, setting an attribute of it
+    raises UserError, save in `networks` and `memory`."""
+
+    double_backward: frozenset[str] = frozenset()
+    """Networks that losses differentiate twice (R1, path length): called raw while they train, and never above ZeRO
+    stage 2, since neither DeepSpeed's hooks nor stage 3 allow a second derivative."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if _sealed.get(id(self)) is self:
+            raise UserError(
+                f"{type(self).__name__}.{name} is set while the task trains, and would be lost when the run resumes: "
+                f"begin it in {type(self).__name__}.memory() and keep it in nets.memory[{name!r}]; for another "
+                "setting make another task"
+            )
+        super().__setattr__(name, value)
+
+    def memory(self) -> dict[str, Tensor]:
+        """What is remembered between steps (a queue, an image pool, a counter), as it starts; here nothing.
+
+        Every worker holds the same memory and must keep it so: write what all workers see. `all_gather` concatenates in
+        rank order, and micro-batch k is cut into consecutive pieces in rank order (`raymed.train.evaluate.shard`), so
+        what is gathered is in the order of the samples, whatever the number of workers. A queue, newest first:
+
+            new = all_gather(features)  # (b, D) of this worker -> (B, D) of the micro-batch
+            queue = nets.memory["queue"]
+            nets.memory["queue"] = torch.cat([new, queue])[: len(queue)]
+
+        Randomness in it comes from `raymed.random`, by (seed, step, sample). torch's generator is seeded alike on all
+        workers when this is called, but not in `losses`.
+        """
+        return {}
 
     def networks(self) -> dict[str, Network]:
         """Fresh networks. The loop seeds torch's generator first, so that all workers build the same."""
@@ -139,6 +216,14 @@ class Task:
     def bundle(self, nets: Nets) -> Bundle:
         """What leaves training."""
         raise UserError(f"{type(self).__name__} has no bundle")
+
+
+@contextmanager
+def setting_up(task: Task) -> Iterator[Task]:
+    """Within: the task may set attributes of itself. Afterwards it is sealed, in this process, for good."""
+    _sealed.pop(id(task), None)
+    yield task
+    _sealed[id(task)] = task
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,10 @@ Training never waits for MLflow. It writes outboxes (`raymed.tracking.outbox`); 
 one that touches the store, uploads what is new about once a second. What cannot be uploaded now (the server does not
 answer, the driver is killed) is uploaded later: by this tracker, by the same command started again, or by any later
 tracker with the same storage and the same MLflow, which finds the outbox in `STORAGE/outboxes`.
+
+Without a server the runs are in an sqlite store on the driver's machine. It stays there also where the storage is a
+working copy of a bucket: its artifacts go to the bucket, and another machine that continues a run fills a store of its
+own from the outbox, which lies in the bucket with the run. People and machines that are to see one store need a server.
 """
 
 import hashlib
@@ -18,7 +22,7 @@ from typing import TYPE_CHECKING, Self
 from urllib.parse import urlsplit
 
 from raymed.config import UserError
-from raymed.storage import local_folder, write_atomic
+from raymed.storage import local_folder, remote_of, write_atomic
 from raymed.tracking.environment import telemetry_off
 from raymed.tracking.outbox import Outbox, Status
 from raymed.tracking.upload import Store, Upload
@@ -34,7 +38,8 @@ LONGEST_PAUSE = 5.0
 class Tracker:
     """Uploads outboxes into an MLflow experiment until it is closed.
 
-    uri: default $MLFLOW_TRACKING_URI, else an sqlite store under `storage` with its artifacts in STORAGE/mlartifacts.
+    uri: default $MLFLOW_TRACKING_URI, else an sqlite store under `storage`. A database, named or default, keeps its
+    artifacts in STORAGE/mlartifacts or, where the storage is a working copy, in the bucket under mlflow/artifacts.
     experiment: name of the MLflow experiment, created when it is missing.
     storage: absolute folder; see `raymed.storage.resolve_storage`.
     period: seconds between two looks at the outboxes.
@@ -44,11 +49,11 @@ class Tracker:
     """
 
     def __init__(self, uri: str | None, experiment: str, storage: Path, period: float = 0.5):
-        self._uri = _resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+        self._uri = resolve_uri(uri, storage)
         self.uri = re.sub(r"//[^/@]*@", "//", self._uri)  # for people and files: without user and password
         self.experiment = experiment
         self._is_server = self._uri.startswith("http")
-        self._artifacts = storage / "mlartifacts" if self._uri.startswith(DATABASES) else None
+        self._artifacts = artifacts_of(storage) if self._uri.startswith(DATABASES) else None
         self._markers = storage / "outboxes"
         self._uploads: dict[Path, Upload] = {}
         self._store: Store | None = None
@@ -178,7 +183,16 @@ class Tracker:
                 self._marker(upload.outbox).unlink(missing_ok=True)
 
 
-def _resolve_uri(uri: str | None, storage: Path) -> str:
+def artifacts_of(storage: Path) -> str:
+    """URI of the folder for the artifacts of a database that has no server. MLflow reads and writes s3:// with boto3:
+    endpoint and credentials are those of the standard AWS variables."""
+    remote = remote_of(storage)
+    return (storage / "mlartifacts").as_uri() if remote is None else f"{remote}/mlflow/artifacts"
+
+
+def resolve_uri(uri: str | None, storage: Path) -> str:
+    """What MLflow is given for the `uri` and `storage` of a `Tracker`. Raises UserError for a plain folder's."""
+    uri = uri or os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         return f"sqlite:///{local_folder(storage, 'mlflow') / 'mlflow.db'}"
     scheme = urlsplit(uri).scheme
@@ -223,7 +237,7 @@ def connect(uri: str | None, storage: Path) -> "MlflowClient":
 
     Raises UserError when the server does not answer.
     """
-    resolved = _resolve_uri(uri or os.environ.get("MLFLOW_TRACKING_URI"), storage)
+    resolved = resolve_uri(uri, storage)
     _calm_mlflow()
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     if resolved.startswith("http"):

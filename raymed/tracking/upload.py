@@ -1,24 +1,31 @@
 """Upload of one outbox into one MLflow run, from where the last upload stopped.
 
-Beside `outbox.jsonl` stands `outbox.cursor.json`: how far the file is uploaded, into which run, and the last step of
-every metric. A process that dies between an upload and its cursor repeats the upload, which changes nothing: the run is
-found by the tag `raymed.run_key`, metrics carry the time at which they were written, and equal points are one point.
+Beside `outbox.jsonl` stands `outbox.cursor.json`: how far the file is uploaded, into which run, the last step of every
+metric, and a hash of the last bytes that are uploaded. A process that dies between an upload and its cursor repeats the
+upload, which changes nothing: the run is found by the tag `raymed.run_key`, and of every metric only later steps than
+the run has are sent.
+
+Where the outbox of a worker on another node comes through a bucket, its file is replaced by ever longer ones. One that
+is shorter than what is uploaded, or does not continue it, is read from its beginning, into the same run. A file that it
+names may come a moment later than the outbox itself.
 """
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import posixpath
 import re
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raymed.config import flatten
-from raymed.storage import write_atomic
+from raymed.config import UserError, flatten
+from raymed.storage import exists, local_copy, local_folder_copy, remote_of, write_atomic
 from raymed.tracking.outbox import SYSTEM_PREFIX, read
 
 _SQLITE = "sqlite:///"
@@ -26,15 +33,17 @@ RUN_KEY = "raymed.run_key"
 PARENT = "mlflow.parentRunId"
 MAX_METRICS, MAX_PARAMS, MAX_TAGS = 1000, 100, 100  # of one request
 MAX_PARAM_LENGTH, MAX_TAG_LENGTH, MAX_NAME_LENGTH = 6000, 8000, 250
+TAIL = 1024  # bytes before the cursor that tell whether a file is still the one that was uploaded
+ARTIFACT_PATIENCE = 60.0  # seconds that an artifact may take to come through a bucket
 
 
 class Store:
     """An MLflow store: experiments by name, and runs by key.
 
-    artifacts: where a new experiment keeps its files; None leaves it to the server.
+    artifacts: URI of the folder where a new experiment keeps its files; None leaves it to the server.
     """
 
-    def __init__(self, uri: str, artifacts: Path | None):
+    def __init__(self, uri: str, artifacts: str | None):
         from mlflow import MlflowClient
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
@@ -49,8 +58,7 @@ class Store:
         if name not in self._experiments:
             found = self.client.get_experiment_by_name(name)
             if found is None:
-                location = None if self.artifacts is None else self.artifacts.as_uri()
-                self._experiments[name] = self.client.create_experiment(name, artifact_location=location)
+                self._experiments[name] = self.client.create_experiment(name, artifact_location=self.artifacts)
             else:
                 if found.lifecycle_stage == "deleted":
                     self.client.restore_experiment(found.experiment_id)
@@ -64,16 +72,17 @@ class Store:
         runs = self.client.search_runs([self.experiment_id(experiment)], where, max_results=1, order_by=order)
         return runs[0] if runs else None
 
-    def is_active(self, run_id: str) -> bool:
-        """False when the run was deleted, or the whole store with it."""
+    def active(self, run_id: str) -> Any | None:
+        """The run with this id; None when it was deleted, or the whole store with it."""
         from mlflow.exceptions import MlflowException
 
         try:
-            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+            run = self.client.get_run(run_id)
         except MlflowException as error:
             if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                 raise
-            return False
+            return None
+        return run if run.info.lifecycle_stage == "active" else None
 
 
 def _make_database(path: Path) -> None:
@@ -104,6 +113,7 @@ class Cursor:
     experiment_id: str = ""
     status: str = "RUNNING"
     steps: dict[str, int] = dataclasses.field(default_factory=dict)  # last uploaded step of each metric
+    tail: str = ""  # hash of the last bytes before the offset
 
     @classmethod
     def load(cls, path: Path, uri: str, experiment: str) -> "Cursor":
@@ -129,6 +139,7 @@ class Upload:
         self._read_size = 0  # size of the outbox when it was last read to its end
         self._is_checked = False
         self._complaints: set[str] = set()
+        self._missed: dict[Path, float] = {}  # artifact -> when it was first looked for in vain
 
     @property
     def opened(self) -> dict[str, Any] | None:
@@ -166,15 +177,19 @@ class Upload:
                 self._read_size = size
         finally:
             if self.cursor != before:
+                self.cursor.tail = _tail(self.outbox, self.cursor.offset)
                 write_atomic(self._place[0], json.dumps(dataclasses.asdict(self.cursor)))
         return self.cursor != before
 
     def _check(self, store: Store, size: int) -> None:
         """Start from the beginning if the run or the outbox is not the one the cursor knows."""
         cursor = self.cursor
-        is_lost = not self._is_checked and bool(cursor.run_id) and not store.is_active(cursor.run_id)
-        if is_lost or size < cursor.offset:
+        run = store.active(cursor.run_id) if cursor.run_id and not self._is_checked else None
+        is_lost = run is None and cursor.run_id and not self._is_checked
+        if is_lost or size < cursor.offset or (cursor.tail and cursor.tail != _tail(self.outbox, cursor.offset)):
             self.cursor = Cursor(cursor.uri, cursor.experiment)
+        elif run is not None:
+            cursor.steps = cursor.steps | _last_steps(run)  # a process may have died before it wrote its cursor
         self._is_checked = True
 
     def _upload(self, store: Store) -> bool:
@@ -206,10 +221,10 @@ class Upload:
         from mlflow.entities import Metric
 
         steps, new = dict(self.cursor.steps), []
-        for name, value, time, step in points:
+        for name, value, written, step in points:
             if step > steps.get(name, -1):
                 steps[name] = step
-                new.append(Metric(name, value, time, step))
+                new.append(Metric(name, value, written, step))
         for batch in _batches(new, MAX_METRICS):
             self._try("metrics", lambda batch=batch: store.client.log_batch(self.cursor.run_id, metrics=batch))
         self.cursor.steps = steps
@@ -227,7 +242,7 @@ class Upload:
                 file = _inside(record["file"])
                 self._try(file, lambda: client.log_text(run_id, record["text"], file))
             case "artifact":
-                self._log_artifact(store, Path(record["path"]), _inside(record["folder"]) or None)
+                return self._log_artifact(store, Path(record["path"]), _inside(record["folder"]) or None)
             case "close":
                 self._try("the end", lambda: client.set_terminated(run_id, record["status"], end_time=record["time"]))
                 self.cursor.status = record["status"]
@@ -245,8 +260,11 @@ class Upload:
                 tags[PARENT] = parent.info.run_id
             experiment_id = store.experiment_id(cursor.experiment)
             run = store.client.create_run(experiment_id, record["time"], tags, run_name=record["name"])
-        elif run.info.status != "RUNNING":
-            store.client.update_run(run.info.run_id, status="RUNNING")
+        else:
+            if not cursor.run_id:
+                cursor.steps = _last_steps(run)
+            if run.info.status != "RUNNING":
+                store.client.update_run(run.info.run_id, status="RUNNING")
         cursor.run_id, cursor.experiment_id, cursor.status = run.info.run_id, run.info.experiment_id, "RUNNING"
         self._log_params(store, record["params"], known=run.data.params)
         self._log_tags(store, record["tags"])
@@ -272,12 +290,19 @@ class Upload:
         for batch in _batches(entries, MAX_TAGS):
             self._try("tags", lambda batch=batch: store.client.log_batch(self.cursor.run_id, tags=batch))
 
-    def _log_artifact(self, store: Store, path: Path, folder: str | None) -> None:
+    def _log_artifact(self, store: Store, path: Path, folder: str | None) -> bool:
+        """Upload a file or folder; False while it may still come."""
+        _bring(path)
+        if not path.exists() and remote_of(path) is not None:
+            first = self._missed.setdefault(path, time.monotonic())
+            if time.monotonic() < first + ARTIFACT_PATIENCE:
+                return False
         if not path.exists():
             self._complain(f"{path} is not there any more: it is not uploaded to MLflow")
-            return
+            return True
         log = store.client.log_artifacts if path.is_dir() else store.client.log_artifact
         self._try(str(path), lambda: log(self.cursor.run_id, str(path), folder))
+        return True
 
     def _try(self, what: str, call: Callable[[], Any]) -> None:
         """Call; what MLflow refuses for its content is left out with a line, for it would be refused every time."""
@@ -294,6 +319,32 @@ class Upload:
         if line not in self._complaints:
             self._complaints.add(line)
             print(line)
+
+
+def _last_steps(run: Any) -> dict[str, int]:
+    """The last step that a run has of each of its metrics."""
+    return {metric.key: metric.step for metric in run.data.to_proto().metrics}
+
+
+def _bring(path: Path) -> None:
+    """Fetch a file or folder of a working copy that is not on this machine, if it is in its bucket.
+
+    Raises UserError where the bucket cannot be read.
+    """
+    if path.exists() or remote_of(path) is None or not exists(path):
+        return
+    try:
+        local_copy(path)
+    except UserError:
+        local_folder_copy(path)
+
+
+def _tail(path: Path, offset: int) -> str:
+    """Hash of the bytes of a file before an offset."""
+    start = max(0, offset - TAIL)
+    with path.open("rb") as file:
+        file.seek(start)
+        return hashlib.sha256(file.read(offset - start)).hexdigest()[:16]
 
 
 def _points(record: dict[str, Any]) -> Iterator[tuple[str, float, int, int]]:

@@ -1,32 +1,43 @@
-"""A checkpoint that outlives its world size, engine and ZeRO stage.
+"""A checkpoint that outlives its world size, engine and ZeRO stage, and is written while training goes on.
 
 A folder: `weights.safetensors` (NETWORK.NAME), `average.safetensors` (the same with averages, where kept),
-`optimizer.safetensors` (NETWORK.PARAMETER/KEY), and `state.json` (phase, step, best value so far, file hashes). The
-state is written last and the folder renamed into place, so a half-written one is never found. Randomness needs no
-state: every draw is a function of the step.
+`optimizer.safetensors` (NETWORK.PARAMETER/KEY), `memory.safetensors` (what the task remembers, if anything), and
+`state.json` (phase, step, best value so far, file hashes). Randomness needs no state: every draw is a function of the
+step.
+
+Saving copies the state, which is all that training waits for; a thread writes the folder, names it in `index.json` and
+brings both to the bucket, where the storage has one. A folder that no index names is never found, and the next save
+removes it, so a process may be killed at any point.
 """
 
-import hashlib
-import json
+import errno
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 
-import torch
+from filelock import FileLock
 from torch import Tensor
 
 from raymed.config import UserError
-from raymed.distributed import rank, world_size
-from raymed.storage import write_atomic
+from raymed.distributed import all_gather_object, rank
+from raymed.ledger import CHECKPOINT, span
+from raymed.storage import remote_of, write_atomic
+from raymed.storage.client import give_up
+from raymed.train.checkpoint_bucket import Bucket
+from raymed.train.checkpoint_files import damaged, read_state, read_tensors, sync, write_folder
+from raymed.train.checkpoint_index import Index
 from raymed.train.engines import OptimizerState
 from raymed.train.nets import Networks
 
-_WEIGHTS, _AVERAGE, _OPTIMIZER, _STATE = (
+_WEIGHTS, _AVERAGE, _OPTIMIZER, _MEMORY = (
     "weights.safetensors",
     "average.safetensors",
     "optimizer.safetensors",
-    "state.json",
+    "memory.safetensors",
 )
 
 
@@ -47,82 +58,267 @@ class Progress:
 
 
 class Checkpoints:
-    """The checkpoints of one phase: `last` and `best`, and nothing else is kept."""
+    """The checkpoints of one phase: the best, the last `keep_last` and the pinned ones; nothing else is kept.
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    Only rank 0 writes. A save that fails is a UserError at the next `save` or `wait`, of every worker.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 1):
+        self.folder, self.keep_last = folder, keep_last
         self.index = folder / "index.json"
+        url = remote_of(folder)
+        self.bucket = Bucket(folder, url) if url else None
+        self._saving: Future[None] | None = None
 
     def find(self, which: str) -> Path | None:
-        """Folder of "last" or "best", or None."""
-        names = json.loads(self.index.read_text()) if self.index.is_file() else {}
-        return self.folder / names[which] if which in names else None
+        """Folder of "last", "best" or of a checkpoint of that name, or None. A save in flight does not count yet.
+
+        Where somebody has removed the last one, the one before is the last.
+        """
+        index = self._index()
+        name = {"last": index.last, "best": index.best}.get(which, which)
+        return self.folder / name if name in index.names() else None
 
     def save(self, networks: Networks, progress: Progress, best: bool) -> None:
-        """Write a checkpoint and make it the last one, and the best one if it is.
+        """Save a checkpoint and make it the last one, and the best one if it is.
 
-        Collective: rank 0 writes, and all go on when the checkpoint is there.
+        Collective. Returns when the state is copied; the rest is done by a thread. One save is in flight at most.
         """
-        states = {name: engine.optimizer_state() for name, engine in networks.engines.items()}
-        if rank() == 0:
-            self._save(networks, progress, states, best)
-        if world_size() > 1:
-            torch.distributed.barrier()
+        with span(CHECKPOINT):
+            _on_all(self.close)
+            files = _copies(networks)
+            progress.ema_updates = {name: average.updates for name, average in networks.averages.items()}
+            if rank() == 0:
+                self._saving = _in_background(partial(self._save, files, asdict(progress), best))
 
-    def _save(self, networks: Networks, progress: Progress, states: dict[str, OptimizerState], best: bool) -> None:
-        name = f"step-{progress.step:06d}"
-        progress.ema_updates = {name: average.updates for name, average in networks.averages.items()}
-        temporary = self.folder / f".{name}-{os.getpid()}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        files = {_WEIGHTS: networks.weights(averaged=False), _OPTIMIZER: _flatten(states)}
-        if networks.averages:
-            files[_AVERAGE] = networks.weights(averaged=True)
-        hashes = {file: _write(temporary / file, tensors) for file, tensors in files.items()}
-        write_atomic(temporary / _STATE, json.dumps(asdict(progress) | {"sha256": hashes}, indent=2) + "\n")
-        shutil.rmtree(self.folder / name, ignore_errors=True)
-        os.replace(temporary, self.folder / name)
-        self._point_to(name, best or self.find("best") is None)
+    def wait(self) -> None:
+        """Wait until what was saved is whole: here, in the bucket and on every node. Collective."""
+        with span(CHECKPOINT):
+            _on_all(self.close)
+            self._spread()
 
-    def _point_to(self, name: str, best: bool) -> None:
-        names = json.loads(self.index.read_text()) if self.index.is_file() else {}
-        names |= {"last": name} | ({"best": name} if best else {})
-        write_atomic(self.index, json.dumps(names) + "\n")
-        for folder in self.folder.glob("*step-*"):
-            if folder.name not in names.values():
-                shutil.rmtree(folder, ignore_errors=True)
+    def close(self) -> None:
+        """Let the save in flight end, and raise what went wrong with it. Not collective: the place is a `finally`.
+
+        Whoever loses patience with a bucket that does not answer presses Ctrl-C.
+        """
+        saving, self._saving = self._saving, None
+        try:
+            if saving:
+                saving.result()
+        except KeyboardInterrupt:
+            give_up()
+            raise
+
+    def pull(self) -> None:
+        """Bring the bucket's checkpoints to every node, and to the bucket what only rank 0's node has. Collective."""
+        if self.bucket:
+            _on_all(lambda: self._meet() if rank() == 0 else None)
+            self._spread()
+
+    def pin(self, which: str, reason: str) -> Path:
+        """Keep a checkpoint ("last", "best" or a name) for ever. Returns its folder. A save in flight is waited for."""
+        if self.bucket:
+            self._meet()
+        folder = self.find(which)
+        if folder is None:
+            raise UserError(f"{self.folder} has no checkpoint {which!r}")
+        with self._locked():
+            index = self._index()
+            index = replace(index, pinned=index.pinned | {folder.name: reason})
+            self._write_index(self.bucket.put(index) if self.bucket else index)
+        return folder
+
+    def _save(self, files: dict[str, dict[str, Tensor]], state: dict, best: bool) -> None:
+        try:
+            with self._locked():
+                index = self._save_here(files, state, best)
+                if self.bucket:
+                    self._upload(self.bucket, index)
+        except OSError as error:
+            raise self._not_written(error, files, state["step"]) from error
+
+    def _save_here(self, files: dict[str, dict[str, Tensor]], state: dict, best: bool) -> Index:
+        index = self._index()
+        name = index.free_name(state["step"])
+        try:
+            write_folder(self.folder / name, files, state)
+            index = index.saved(name, best, self.keep_last)
+            self._write_index(index)
+        finally:
+            self._prune()
+        return index
+
+    def _upload(self, bucket: Bucket, index: Index) -> None:
+        try:
+            self._write_index(bucket.put(index))
+        except UserError as error:
+            raise UserError(
+                f"{error}. The checkpoint is kept in {self.folder / str(index.last)}: the same command goes on from "
+                f"it, and brings it to {bucket.url}"
+            ) from error
+
+    def _meet(self) -> None:
+        """Of here and there, what has come further counts; what was pinned on either side stays pinned."""
+        assert self.bucket
+        with self._locked():
+            here, there = self._index(), self.bucket.index()
+            ahead = here if here.step > there.step else there
+            index = replace(ahead, pinned=there.pinned | here.pinned)
+            self._adopt(index)
+            if index != there:
+                self.bucket.put(index)
+
+    def _spread(self) -> None:
+        """One process of every other node takes what the bucket has. Collective."""
+        if self.bucket:
+            leads = rank() > 0 and os.environ.get("LOCAL_RANK", "0") == "0"
+            _on_all(self._follow if leads else lambda: None)
+
+    def _follow(self) -> None:
+        assert self.bucket
+        with self._locked():
+            self._adopt(self.bucket.index())
+
+    def _adopt(self, index: Index) -> None:
+        assert self.bucket
+        self.bucket.take(index.names())
+        if index.names():
+            self._write_index(index)
+            self._prune()
+
+    def _index(self) -> Index:
+        """The checkpoints that are whole here."""
+        if not self.index.is_file():
+            return Index()
+        index = Index.parse(self.index.read_bytes())
+        if index is None:
+            then = f"it is fetched from {self.bucket.url} again" if self.bucket else "the phase begins again"
+            raise UserError(f"{self.index} is damaged. Remove it: {then}")
+        return index.within({path.name for path in self.folder.glob("step-*")})
+
+    def _write_index(self, index: Index) -> None:
+        write_atomic(self.index, index.text())
+        sync(self.folder)
+
+    def _prune(self) -> None:
+        """Remove what the index does not name, and what a killed process has left."""
+        names = self._index().names()
+        for path in self.folder.glob("*step-*"):
+            if path.name not in names:
+                shutil.rmtree(path, ignore_errors=True)
+        for path in self.folder.glob(f".{self.index.name}.*"):
+            path.unlink(missing_ok=True)
+
+    def _locked(self) -> FileLock:
+        """Held while the index changes: somebody may pin while a run saves."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return FileLock(self.folder.with_name(f".{self.folder.name}.lock"))
+
+    def _not_written(self, error: OSError, files: dict[str, dict[str, Tensor]], step: int) -> UserError:
+        last = self._index().last
+        kept = f"{last} is kept, and the same command goes on from it" if last else "there is none yet"
+        what = f"the checkpoint of step {step} cannot be written to {self.folder}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            needed = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+            free = shutil.disk_usage(self.folder).free
+            room = f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
+            return UserError(f"{what}: {room}. Make room; {kept}")
+        return UserError(f"{what}: {error.strerror or error}. Of the checkpoints before, {kept}")
 
 
 def load_weights(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
     """NETWORK.NAME -> tensor of a checkpoint; the averages where it has them, unless told otherwise."""
-    state = _state(folder)
+    state = read_state(folder)
     file = _AVERAGE if averaged and _AVERAGE in state["sha256"] else _WEIGHTS
-    return _read(folder, file, state)
+    return read_tensors(folder, file, state)
+
+
+def load_memory(folder: Path) -> dict[str, Tensor]:
+    """What the task remembered at a checkpoint."""
+    state = read_state(folder)
+    return read_tensors(folder, _MEMORY, state) if _MEMORY in state["sha256"] else {}
 
 
 def resume(networks: Networks, folder: Path, phase: str) -> Progress:
-    """Put weights and averages where the checkpoint left them and return how far it had come.
+    """Put weights and memory where the checkpoint left them and return how far it had come.
 
     Engines are built between this and `resume_optimizers`: they copy the weights they find.
     """
-    state = _state(folder)
+    state = read_state(folder)
+    if not {f.name for f in fields(Progress)} < state.keys():
+        raise damaged(folder / "state.json", "it does not say how far the phase had come")
     if state["phase"] != phase:
         raise UserError(f"{folder} is a checkpoint of phase {state['phase']!r}, not of {phase!r}")
-    networks.load_weights(_read(folder, _WEIGHTS, state))
-    return Progress(**{name: value for name, value in state.items() if name != "sha256"})
+    weights = read_tensors(folder, _WEIGHTS, state)
+    if problems := _misfits(networks, weights):
+        raise UserError(f"{folder} is a checkpoint of another model: {'; '.join(problems[:3])}")
+    networks.load_weights(weights)
+    networks.load_memory(load_memory(folder))
+    return Progress(**{f.name: state[f.name] for f in fields(Progress)})
 
 
 def resume_optimizers(networks: Networks, folder: Path, progress: Progress) -> None:
     """Put optimiser states and averages where the checkpoint left them. Collective."""
-    state = _state(folder)
-    tensors = _read(folder, _OPTIMIZER, state)
+    state = read_state(folder)
+    tensors = read_tensors(folder, _OPTIMIZER, state)
     for name, engine in networks.engines.items():
         engine.load_optimizer_state(_unflatten(tensors, name))
-    shadows = _read(folder, _AVERAGE, state) if networks.averages else {}
+    averages = read_tensors(folder, _AVERAGE, state) if networks.averages else {}
     for name, average in networks.averages.items():
-        average.updates = progress.ema_updates[name]
-        for parameter, shadow in average.shadow.items():
-            shadow.copy_(shadows[f"{name}.{parameter}"])
+        average.load(_part(averages, name), progress.ema_updates[name])
+
+
+def _copies(networks: Networks) -> dict[str, dict[str, Tensor]]:
+    """File name -> copies on the CPU of the tensors in it. Collective; they are whole on rank 0."""
+    states = {name: engine.optimizer_state() for name, engine in networks.engines.items()}
+    files = {_WEIGHTS: networks.weights(averaged=False), _OPTIMIZER: _flatten(states)}
+    if networks.averages:
+        files[_AVERAGE] = networks.weights(averaged=True)
+    if memory := networks.saved_memory():
+        files[_MEMORY] = memory
+    return files
+
+
+def _in_background(do: Callable[[], None]) -> Future[None]:
+    """Python waits for such a thread before it exits."""
+    executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+    future = executor.submit(do)
+    executor.shutdown(wait=False)
+    return future
+
+
+def _on_all(do: Callable[[], None]) -> None:
+    """Do it on this worker; what goes wrong on one is raised on all, so that none waits for it. Collective."""
+    error = None
+    try:
+        do()
+    except Exception as caught:
+        error = caught
+    for raised in all_gather_object(error):
+        if raised is not None:
+            raise raised
+
+
+def _misfits(networks: Networks, found: dict[str, Tensor]) -> list[str]:
+    """Where a checkpoint's weights are not those of the networks."""
+    wanted = {
+        f"{network}.{name}": value
+        for network in networks.networks
+        for name, value in networks.module(network).state_dict().items()
+    }
+    shapes = [{name: tuple(value.shape) for name, value in side.items()} for side in (wanted, found)]
+    return [
+        f"{name} has shape {shapes[1].get(name, 'none')}, wanted {shapes[0].get(name, 'none')}"
+        for name in sorted(wanted.keys() | found.keys())
+        if shapes[0].get(name) != shapes[1].get(name)
+    ]
+
+
+def _part(tensors: dict[str, Tensor], network: str) -> dict[str, Tensor]:
+    """NAME -> tensor of one network."""
+    prefix = f"{network}."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def _flatten(states: dict[str, OptimizerState]) -> dict[str, Tensor]:
@@ -136,31 +332,7 @@ def _flatten(states: dict[str, OptimizerState]) -> dict[str, Tensor]:
 
 def _unflatten(tensors: dict[str, Tensor], network: str) -> OptimizerState:
     state: OptimizerState = {}
-    for name, value in tensors.items():
-        if name.startswith(f"{network}."):
-            parameter, key = name.removeprefix(f"{network}.").rsplit("/", 1)
-            state.setdefault(parameter, {})[key] = value
+    for name, value in _part(tensors, network).items():
+        parameter, key = name.rsplit("/", 1)
+        state.setdefault(parameter, {})[key] = value
     return state
-
-
-def _write(path: Path, tensors: dict[str, Tensor]) -> str:
-    from safetensors.torch import save
-
-    data = save(tensors)
-    write_atomic(path, data)
-    return hashlib.sha256(data).hexdigest()
-
-
-def _state(folder: Path) -> dict:
-    if not (folder / _STATE).is_file():
-        raise UserError(f"{folder} is not a checkpoint: it has no {_STATE}")
-    return json.loads((folder / _STATE).read_text())
-
-
-def _read(folder: Path, file: str, state: dict) -> dict[str, Tensor]:
-    from safetensors.torch import load
-
-    data = (folder / file).read_bytes()
-    if hashlib.sha256(data).hexdigest() != state["sha256"][file]:
-        raise UserError(f"{folder / file} is damaged: its sha256 is not the one in {_STATE}. Remove that checkpoint")
-    return load(data)

@@ -4,7 +4,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 
@@ -14,19 +14,23 @@ DRIVER = "raymed_driver"
 """Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
 node with --resources '{"raymed_driver": 1000}'."""
 
-# Ray Train looks at a worker every two seconds, and at a worker group's start for one minute; ours may need longer.
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the loop's own checkpoints are what a lost worker costs
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # two seconds else
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # for its place alone, which the driver has seen to be free
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches the nodes itself
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would resolve an environment in every worker
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it saves the state first
     "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # prints every line twice
     "RAY_AIR_NEW_OUTPUT": "0",  # progress is ours to print
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials are recorded in our own journal
 }
+
+
+_SETTINGS = ("AWS_", "MLFLOW_", "RAYMED_", "GLOO_", "NCCL_")  # names of variables that follow the work to every node
+_RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
 
 @contextmanager
@@ -44,7 +48,8 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         return
     with ExitStack() as stack:
         if os.environ.get("RAY_ADDRESS"):
-            ray.init(log_to_driver=True, logging_level=logging.WARNING)
+            hook = {"worker_process_setup_hook": _preparation()}
+            ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=hook)
         else:
             _start(num_cpus, stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
         stack.callback(ray.shutdown)
@@ -59,16 +64,44 @@ def _start(num_cpus: int | None, folder: str) -> None:
         num_cpus=num_cpus,
         include_dashboard=False,
         logging_level=logging.WARNING,
-        runtime_env={"worker_process_setup_hook": _calm_worker},
+        runtime_env={"worker_process_setup_hook": _preparation()},
         _temp_dir=folder,
         object_store_memory=200 * 2**20,
     )
 
 
-def _calm_worker() -> None:
-    """Runs in every worker: Ray Train warns each second that a cluster without a dashboard has no dashboard."""
+def _preparation() -> Callable[[], None]:
+    """What every process of Ray's runs first, on whatever node: it gets this process's settings of S3, MLflow, raymed
+    and of the network. They travel inside the function, since runtime environments are shown on Ray's dashboard."""
+    settings = {name: value for name, value in os.environ.items() if name.startswith(_SETTINGS) and name != _RUN_ID}
+
+    def prepare_worker() -> None:
+        _prepare_worker(settings)
+
+    return prepare_worker
+
+
+def _prepare_worker(settings: Mapping[str, str]) -> None:
+    import ray
+
+    os.environ.update(settings)
+    # Where several clusters run on one machine, Ray Train's helpers would not know theirs.
+    os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+    # Ray Train warns each second that a cluster without a dashboard has no dashboard.
     cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(cleaner).setLevel(logging.ERROR)
+    # Where the host's name resolves to 127.0.0.1, gloo would offer that to other nodes.
+    interface = interface_of(ray.util.get_node_ip_address())
+    if interface and "GLOO_SOCKET_IFNAME" not in os.environ:
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
+
+
+def interface_of(address: str) -> str | None:
+    """The network interface of this machine that has an IP address, or None."""
+    import psutil
+
+    found = (name for name, at in psutil.net_if_addrs().items() if any(a.address == address for a in at))
+    return next(found, None)
 
 
 def gpus_of(device: str) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from raymed.config import UserError, check_choice, check_range
 from raymed.distributed import world_size
+from raymed.tasks.task import Phase
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class Compute:
     compile: bool = False
     """torch.compile the networks in training (torch engine)."""
     channels_last: bool = True
-    """Convolutions in NHWC memory order: 20 to 40 % faster on CPUs. Not under ZeRO
-    stages 1 and 2, which keep the weights flat."""
+    """Convolutions in NHWC memory order: 20 to 40 % faster on CPUs. With the torch engine and at ZeRO stage 0; stages 1
+    to 3 keep the weights of a network in training flat, in NCHW order."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: int | None = None
     """CPU threads a worker; None: torch's own choice alone, the CPUs that Ray gives elsewhere."""
@@ -56,8 +57,10 @@ class Compute:
         check_choice("compute.precision", self.precision, ("fp32", "bf16"))
         check_choice("compute.device", self.device, ("auto", "cpu", "cuda"))
         check_range("compute.cpus_per_worker", self.cpus_per_worker, 1)
-        if self.zero_stage and self.resolved_engine(self.workers) == "torch":
-            warnings.warn("compute.zero_stage has no effect with the torch engine", stacklevel=3)
+        if self.resolved_engine(self.workers) == "torch":
+            for name in ("zero_stage", "network_stages", "offload"):
+                if getattr(self, name):
+                    warnings.warn(f"compute.{name} has no effect with the torch engine", stacklevel=3)
 
     def _check_stages(self) -> None:
         for entry in self.network_stages:
@@ -74,6 +77,18 @@ class Compute:
         """The ZeRO stage of a network."""
         own = dict(entry.split("=") for entry in self.network_stages)
         return int(own.get(network, self.zero_stage))
+
+    def check_phase(self, phase: Phase) -> None:
+        """Raise UserError where a network of the phase cannot have the ZeRO stage that it would have."""
+        if self.resolved_engine(self.workers) == "torch":
+            return
+        for name in sorted(phase.task.double_backward):
+            if self.stage_of(name) == 3:
+                raise UserError(
+                    f"phase {phase.name}: {type(phase.task).__name__} differentiates {name} twice, which ZeRO stage 3 "
+                    "cannot: the first backward pass lets go of the weights that the second one needs. Give it "
+                    f"another stage with --compute.network-stages {name}=2"
+                )
 
     def resolved_engine(self, workers: int | None = None) -> str:
         """ "torch" or "deepspeed"."""

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from raymed.config import UserError
-from raymed.distributed import world_size
-from raymed.tasks.task import Network, Optim
+from raymed.distributed import rank, world_size
+from raymed.ledger import COMMUNICATION, OPTIMIZER, span
+from raymed.tasks.task import Ema, Network, Optim
 from raymed.train.compute import Compute
-from raymed.train.optim import build_optimizer, schedule, set_schedule, total_norm
+from raymed.train.ema import Average
+from raymed.train.optim import build_optimizer, clip_gradients, schedule, set_schedule
 
-OptimizerState = dict[str, dict[str, Tensor]]  # parameter name -> {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}
+OptimizerState = dict[str, dict[str, Tensor]]
+"""Parameter name -> {"exp_avg": ..., "exp_avg_sq": ..., "step": ...}; all but the step have the parameter's shape."""
 
 
 class Engine(Protocol):
@@ -28,6 +31,9 @@ class Engine(Protocol):
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward pass in training."""
 
+    def raw(self, *inputs: Tensor) -> Any:
+        """Forward pass past the engine, under the same autocast, for losses that differentiate twice."""
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate the gradient; with `last`, the one before `step`."""
 
@@ -35,13 +41,21 @@ class Engine(Protocol):
         """Clip, move the weights, clear the gradient. Returns the gradient's norm before clipping."""
         ...
 
+    def full_state(self) -> dict[str, Tensor]:
+        """The module's state_dict on rank 0, whole tensors, copied to the CPU; {} on the others. Collective."""
+        ...
+
+    def average(self, ema: Ema) -> Average:
+        """A running average of the weights that this engine trains."""
+        ...
+
     def optimizer_state(self) -> OptimizerState:
-        """Whole (unsharded) state by parameter name, on the CPU. Collective."""
+        """Whole (unsharded) state by parameter name on rank 0, copied to the CPU; {} on the others. Collective."""
         ...
 
     def load_optimizer_state(self, state: OptimizerState) -> None:
-        """Continue from such a state, whichever engine, stage or number of workers it came from. Collective; the
-        module's weights have been loaded before."""
+        """Continue from such a state, whichever engine, stage or number of workers it came from: the same on every
+        rank. The module's weights have been loaded before the engine was built."""
 
 
 class TorchEngine:
@@ -63,6 +77,11 @@ class TorchEngine:
         with self.compute.autocast():
             return self.forward(*inputs)
 
+    def raw(self, *inputs: Tensor) -> Any:
+        """Forward, never compiled: compiled graphs cannot be differentiated twice."""
+        with self.compute.autocast():
+            return self.module(*inputs)
+
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate into `.grad`; the workers meet only after the last one."""
         loss.backward()
@@ -71,14 +90,20 @@ class TorchEngine:
 
     def step(self, number: int) -> Tensor:
         """One optimiser step at this step number's learning rate."""
-        set_schedule(self.optimizer, *schedule(self.optim, number, self.steps))
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = total_norm(gradients)
-        if self.optim.clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, self.optim.clip, norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        with span(OPTIMIZER):
+            set_schedule(self.optimizer, *schedule(self.optim, number, self.steps))
+            norm = clip_gradients(self.parameters, self.optim.clip)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Every worker has the whole."""
+        return copied_state(self.module)
+
+    def average(self, ema: Ema) -> Average:
+        """Of whole parameters."""
+        return Average(self.module, ema)
 
     def optimizer_state(self) -> OptimizerState:
         """State by name."""
@@ -92,38 +117,50 @@ class TorchEngine:
 def average_gradients(parameters: Iterable[Tensor]) -> None:
     """Mean of each gradient over the workers, in one flat all-reduce."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    torch.distributed.all_reduce(flat)
-    flat /= world_size()
-    for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-        gradient.copy_(part.view_as(gradient))
+    with span(COMMUNICATION):
+        flat = torch.cat([g.flatten() for g in gradients])
+        torch.distributed.all_reduce(flat)
+        flat /= world_size()
+        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
+
+
+def copied_state(module: nn.Module) -> dict[str, Tensor]:
+    """A module's state_dict, copied to the CPU on rank 0; {} on the others."""
+    state = module.state_dict() if rank() == 0 else {}
+    return {name: value.detach().cpu().clone(memory_format=torch.contiguous_format) for name, value in state.items()}
 
 
 def read_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> OptimizerState:
-    """A torch optimiser's state by parameter name, on the CPU."""
+    """A torch optimiser's state by parameter name, copied to the CPU on rank 0; {} on the others."""
     return {
         name: {key: value.detach().cpu().clone() for key, value in optimizer.state[p].items() if value is not None}
         for name, p in module.named_parameters()
-        if p in optimizer.state
+        if p in optimizer.state and rank() == 0
     }
 
 
 def write_state(module: nn.Module, optimizer: torch.optim.Optimizer, state: OptimizerState) -> None:
-    """The inverse of `read_state`. Adam keeps `step` on the CPU, everything else beside its parameter."""
+    """The inverse of `read_state`."""
     for name, p in module.named_parameters():
         if name in state:
             optimizer.state[p] = {
-                key: value.clone() if key == "step" else torch.empty_like(p).copy_(value)
+                key: counter(optimizer, value, p) if key == "step" else torch.empty_like(p).copy_(value)
                 for key, value in state[name].items()
             }
 
 
-def build_engine(network: Network, steps: int, compute: Compute) -> Engine:
-    """The engine that `compute` names for a trained network."""
+def counter(optimizer: torch.optim.Optimizer, step: Tensor, parameter: Tensor) -> Tensor:
+    """Adam's own copy of its step, which it keeps beside the parameter when fused and else on the CPU."""
+    return step.detach().to(parameter.device if optimizer.defaults.get("fused") else "cpu", copy=True)
+
+
+def build_engine(name: str, network: Network, steps: int, compute: Compute) -> Engine:
+    """The engine that `compute` names for a trained network of that name."""
     if compute.resolved_engine() == "torch":
         return TorchEngine(network, steps, compute)
     from raymed.train.deepspeed import DeepSpeedEngine
 
     if compute.compile:
         warnings.warn("compute.compile has no effect with the DeepSpeed engine", stacklevel=2)
-    return DeepSpeedEngine(network, steps, compute)
+    return DeepSpeedEngine(name, network, steps, compute)

@@ -1,11 +1,10 @@
 """What a job will take, from one measured step of each of its phases: time, memory and disk, told before it starts.
 
-`measure` trains a phase for a few steps in a scratch copy of its networks, scores one batch, and throws all of it away.
-Nothing is written, and as every draw is a function of the step, no later result changes.
+`measure` trains a phase for a few steps in a scratch copy of its networks (`DryRun`), scores one batch, and throws all
+of it away: nothing is written, and no later result changes.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 import shutil
@@ -16,21 +15,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
-from raymed.random import derive
-from raymed.tasks.task import Phase, Step
+from raymed.tasks.task import Phase
 from raymed.train.compute import Compute
-from raymed.train.evaluate import Feed, evaluate
-from raymed.train.loop import sampler_of, take_step
+from raymed.train.dry_run import DryRun
+from raymed.train.flops import peak_flops as best_flops
 from raymed.train.nets import Networks
 
 _TIMED_STEPS = 3
 _PATIENCE = 1.0  # seconds of timed steps after which no other is taken
-_SCORED = 128  # images that stand for all when scoring is timed
 _CONTEXT = 600 * 2**20  # bytes that a process with CUDA, cuDNN and cuBLAS takes of its GPU beside torch's tensors
 
 
@@ -39,7 +35,7 @@ class StepCost:
     """What a phase costs on this machine."""
 
     step_seconds: float
-    """One optimiser step: the median of three."""
+    """One optimiser step of one worker's share: the median of three, communication left out."""
     evaluation_seconds: float
     """One scoring of the validation split."""
     setup_seconds: float
@@ -51,20 +47,30 @@ class StepCost:
     """The checkpoints `last` and `best`: weights, averages and the optimiser's state."""
     device: str
     """cpu or cuda."""
+    workers: int = 1
+    """Each of which takes `peak_bytes`."""
+    activation_bytes: int = 0
+    """What one micro-batch of a worker takes beside weights, gradients and optimiser state (`DryRun`)."""
+    flops_per_sample: float = 0.0
+    """Of forward and backward pass (`raymed.train.flops`)."""
+    peak_flops: float = math.nan
+    """FLOP/s that the device of one worker can do at most."""
+    peak_source: str = ""
+    """Where that figure is from."""
 
 
 def measure(phase: Phase, data: DataSet, seed: int, compute: Compute, threads: int | None = None) -> StepCost:
     """Cost of a phase in one process of this machine.
 
     Several workers share the batch: a step is then that of one worker's share, communication not counted. The engine is
-    plain torch without compilation. What the phase starts from is not read: other weights take as long.
+    plain torch without compilation, so `peak_bytes` is what a worker takes at ZeRO stage 0 at most. What the phase
+    starts from is not read: other weights take as long.
 
     Args:
         threads: CPU threads that a worker will have; None = compute.threads, or torch's choice.
     """
     kept = torch.get_num_threads()
     wanted = threads or compute.threads
-    compute = dataclasses.replace(compute, engine="torch", zero_stage=0, compile=False)
     devices = [compute.resolved_device()] if compute.resolved_device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:
@@ -75,62 +81,48 @@ def measure(phase: Phase, data: DataSet, seed: int, compute: Compute, threads: i
 
 
 class _Trial:
-    """A phase's networks, engines and batches, for a few steps."""
+    """A dry run by the clock."""
 
     def __init__(self, phase: Phase, data: DataSet, seed: int, compute: Compute):
-        self.phase, self.seed, self.compute = phase, seed, compute
         self.num_val, self.num_images = len(data.splits["val"]), len(data)
-        self.few = data.splits["val"][:_SCORED]
-        self.device = compute.resolved_device()
-        self.sampler = sampler_of(phase, data, seed)
-        self.feed = Feed(dataclasses.replace(data, splits={"few": self.few}), self.device)
+        self.run = DryRun(phase, data, seed, compute)  # with it what a process loads and compiles only once
 
     def cost(self) -> StepCost:
-        self._build()  # what a process loads and compiles only once
-        setup = self._seconds(self._build)
-        if self.phase.cache:
+        run = self.run
+        setup = self._seconds(run.build)
+        if run.phase.cache:
             setup += self._cache_seconds()
-        self._step(0)  # the choice of kernels, the optimiser's state
-        with _peak(self.device) as peak:
-            self._step(1)
-            self._score()
+        flops = run.flops_per_sample()
+        peak_flops, peak_source = best_flops(run.device, run.compute.precision)
+        run.step(0)  # the choice of kernels, the optimiser's state
+        activations = run.activation_bytes()
+        with _peak(run.device) as peak:
+            run.step(1)
+            run.score()
         return StepCost(
             step_seconds=self._step_seconds(),
-            evaluation_seconds=self._seconds(self._score) * self.num_val / len(self.few) / self.compute.workers,
+            evaluation_seconds=self._seconds(run.score) * self.num_val / len(run.few) / run.compute.workers,
             setup_seconds=setup,
             peak_bytes=peak.bytes,
-            disk_bytes=2 * _checkpoint_bytes(self.networks),
-            device=self.device.type,
+            disk_bytes=2 * _checkpoint_bytes(run.networks),
+            device=run.device.type,
+            workers=run.compute.workers,
+            activation_bytes=activations,
+            flops_per_sample=flops,
+            peak_flops=peak_flops,
+            peak_source=peak_source,
         )
 
-    def _build(self) -> None:
-        self.networks = Networks(self.phase, self.seed, self.compute)
-        self.networks.build_engines(self.phase.steps)
-
     def _cache_seconds(self) -> float:
-        """Of the frozen networks' outputs for all images, by those of a few; zeros stand in for the others."""
-        self._keep_frozen()
-        return self._seconds(self._keep_frozen) * self.num_images / len(self.few) / self.compute.workers
-
-    def _keep_frozen(self) -> None:
-        self.feed.cached = {}
-        self.feed.keep_frozen(self.phase, self.networks)
+        """Of the frozen networks' outputs for all images, by those of a few."""
+        self.run.keep_frozen()
+        return self._seconds(self.run.keep_frozen) * self.num_images / len(self.run.few) / self.run.compute.workers
 
     def _step_seconds(self) -> float:
         seconds: list[float] = []
         while len(seconds) < _TIMED_STEPS and sum(seconds) < _PATIENCE:
-            seconds.append(self._seconds(functools.partial(self._step, 2 + len(seconds))))
+            seconds.append(self._seconds(functools.partial(self.run.step, 2 + len(seconds))))
         return statistics.median(seconds)
-
-    def _step(self, number: int) -> None:
-        number %= self.phase.steps
-        micro = np.array_split(self.sampler.indices(number), self.phase.accumulate)
-        share = [np.array_split(rows, self.compute.workers)[0] for rows in micro]
-        seed = derive(self.seed, "phase", self.phase.name)
-        take_step(self.phase, self.networks, Step(number, seed, 0, tuple(map(self.feed.batch, share))))
-
-    def _score(self) -> None:
-        evaluate(self.phase, self.networks, self.feed, "few")
 
     def _seconds(self, run: Callable[[], None]) -> float:
         self._wait()
@@ -140,7 +132,7 @@ class _Trial:
         return time.perf_counter() - began
 
     def _wait(self) -> None:
-        if self.device.type == "cuda":
+        if self.run.device.type == "cuda":
             torch.cuda.synchronize()
 
 
@@ -210,8 +202,8 @@ class Trainings:
 
     @property
     def memory_bytes(self) -> int:
-        """Of those that run at a time."""
-        return min(self.at_once, self.count) * max(cost.peak_bytes for _, cost in self.phases)
+        """Of those that run at a time, with all their workers."""
+        return min(self.at_once, self.count) * max(cost.peak_bytes * cost.workers for _, cost in self.phases)
 
     @property
     def disk_bytes(self) -> int:
@@ -219,7 +211,9 @@ class Trainings:
         return self.count * sum(cost.disk_bytes for _, cost in self.phases)
 
     def __str__(self) -> str:
-        steps = " + ".join(f"{phase.steps} steps at {_milliseconds(cost.step_seconds)}" for phase, cost in self.phases)
+        steps = " + ".join(
+            f"{phase.steps} steps at {in_milliseconds(cost.step_seconds)}" for phase, cost in self.phases
+        )
         side_by_side = f", {self.at_once} at a time" if self.at_once > 1 else ""
         return f"{self.count} {self.what} of {steps}{side_by_side}"
 
@@ -327,11 +321,14 @@ def in_time(seconds: float) -> str:
 
 
 def in_bytes(size: float) -> str:
-    """85 MB, 1.2 GB (powers of ten)."""
+    """6 kB, 85 MB, 1.2 GB (powers of ten)."""
+    if size < 1e5:
+        return f"{size / 1e3:.0f} kB"
     if size < 1e9:
         return f"{size / 1e6:.0f} MB" if size >= 9.5e6 else f"{size / 1e6:.1f} MB"
     return f"{size / 1e9:.1f} GB" if size < 1e11 else f"{size / 1e9:.0f} GB"
 
 
-def _milliseconds(seconds: float) -> str:
+def in_milliseconds(seconds: float) -> str:
+    """350 ms, 1.2 s."""
     return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"

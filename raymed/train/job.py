@@ -17,12 +17,14 @@ from typing import Any, TypeVar
 from raymed.config import UserError, check_range, config_hash, flatten, replace, to_dict, to_json
 from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
-from raymed.storage import local_folder, lock, resolve_storage, write_atomic
+from raymed.storage import Mirror, local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.budget import Budget, parse_duration
 from raymed.train.command import command_line
+from raymed.train.estimate import StepCost
 from raymed.train.loop import Evaluation, Interrupted
+from raymed.train.processes import as_launched, driving, follow, launched
 from raymed.train.record import DATA, ENVIRONMENT, PACKAGES, data_record, export, from_folder
 from raymed.train.repeat import Repeat, begin, verdict_lines, with_defaults
 from raymed.train.unit import Unit, load_data
@@ -40,7 +42,7 @@ class RunConfig:
     name: str | None = None
     """Name of the run: the same name continues it. None = made from the job and its config."""
     storage: str | None = None
-    """Folder for everything that stays; None = $RAYMED_HOME, else ~/.raymed."""
+    """Folder for everything that stays, or s3://BUCKET/PREFIX; None = $RAYMED_HOME, else ~/.raymed."""
     tracking: str | None = None
     """MLflow tracking URI; None = $MLFLOW_TRACKING_URI, else a sqlite store in the storage."""
     experiment: str = "raymed"
@@ -54,6 +56,8 @@ class RunConfig:
     export_run: str | None = None
     """Write a run (its name or MLflow id) to NAME.raymed.json for --from-run elsewhere, without images, identifiers or
     paths, and do nothing else."""
+    plan: bool = False
+    """Say what each ZeRO stage would take of memory, time and network and which one is advised, and do nothing else."""
     time_budget: str | None = None
     """Wall-clock time after which the job ends with what it has, such as "2h", "90m" or "30s"; None = no limit."""
     max_gpu_hours: float | None = None
@@ -85,7 +89,11 @@ class Job:
     """The run that this one repeats, with what is known of it."""
     stack: ExitStack
     """Closed at the end of the job."""
+    mirror: Mirror | None
+    """Keeps the folder in step with its bucket, where the storage has one."""
     children: list[Outbox] = field(default_factory=list)
+    costs: dict[str, StepCost] = field(default_factory=dict)
+    """Of the phases, as far as they were measured."""
     is_started: bool = False
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -123,6 +131,8 @@ class Job:
             _open_run(self)
             for outbox in self.children:
                 self.tracker.follow(outbox.path)
+            if self.mirror:
+                self.mirror.follow(pulled=["**/tracking.jsonl"])  # of workers on other nodes
             self.stack.enter_context(SystemMetrics(Outbox(self.folder / "tracking.jsonl")))
             self.is_started = True
 
@@ -210,19 +220,23 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
     notes = repeat.check_data(data) if repeat else []
     with ExitStack() as stack:
         stack.enter_context(lock(folder / "lock"))
+        mirror = Mirror.of(folder)
+        if mirror:
+            mirror.pull()
+            stack.callback(mirror.close)
         stack.callback(_discard_unstarted, folder, storage)
         _check_claim(folder, name, kind, config)
         interrupted = stack.enter_context(_listen())
         tracker = stack.enter_context(Tracker(config.run.tracking, config.run.experiment, storage))
         budget = Budget.from_config(config.run.time_budget, config.run.max_gpu_hours, folder)
         stack.callback(budget.save)
-        job = Job(kind, config, recipe, name, storage, data, interrupted, tracker, budget, repeat, stack)
+        job = Job(kind, config, recipe, name, storage, data, interrupted, tracker, budget, repeat, stack, mirror)
         print("\n".join([data.summary(), *notes, f"run {name} in {folder}"]), flush=True)
         try:
             with _started_by_training(job):
                 yield job
         except BaseException as error:
-            if job.is_started or not isinstance(error, UserError | KeyboardInterrupt):
+            if job.is_started or not isinstance(error, UserError | KeyboardInterrupt | SystemExit):
                 _close_runs(job, "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED")
             raise
 
@@ -324,6 +338,8 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
     from raymed.data.phantoms import write_hsg
 
     manifest = write_hsg(storage / "phantoms" / "hsg-64", size=64)
+    if mirror := Mirror.of(manifest.parent):  # other nodes read them there
+        mirror.push()
     positive = recipe.data.positive or "occluded"
     changes = {"data.manifest": str(manifest), "data.positive": positive, "data.deidentified": True}
     return replace(recipe, changes)
@@ -331,7 +347,7 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
 
 @contextmanager
 def _listen() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C (or SIGTERM) has come. The second Ctrl-C is immediate."""
+    """Yields a function that says whether Ctrl-C, SIGTERM or SIGUSR1 has come. The second Ctrl-C is immediate."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
@@ -343,7 +359,7 @@ def _listen() -> Iterator[Callable[[], bool]]:
         asked.set()
         print("stopping after this step; the state is saved (once more to stop at once)", file=sys.stderr, flush=True)
 
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     try:
         yield asked.is_set
     finally:
@@ -365,6 +381,7 @@ def show_progress(name: str) -> Callable[[Evaluation], None]:
 
 def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
     """A job's command line: every field of the recipe's config can be overridden; prints the summary's path last.
+    Of several processes that torchrun or srun started, the first does so and the others follow it.
 
     Exit codes: 0; 2 for something the user gave (one clear message); 130 when stopped by the user (state saved).
     """
@@ -374,16 +391,21 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
 
     telemetry_off()
     try:
-        default: Any = recipe()
-        _defaults[type(default)] = default
-        default = with_defaults(default, sys.argv[1:])
-        about = sys.modules["__main__"].__doc__
-        config = tyro.cli(type(default), default=default, description=about, config=(tyro.conf.AvoidSubcommands,))
-        if config.run.export_run:
-            exported = export(config.run.export_run, config.run.storage, config.run.tracking)
-            print(f"exported: {exported.absolute()}", flush=True)
-        else:
-            print(f"summary: {work(config)}", flush=True)
+        world = launched()
+        if world and world.rank > 0:
+            sys.exit(follow())
+        with driving():
+            default: Any = recipe()
+            _defaults[type(default)] = default
+            default = as_launched(with_defaults(default, sys.argv[1:]))
+            about = sys.modules["__main__"].__doc__
+            config = tyro.cli(type(default), default=default, description=about, config=(tyro.conf.AvoidSubcommands,))
+            config = as_launched(config, stated=True)
+            if config.run.export_run:
+                exported = export(config.run.export_run, config.run.storage, config.run.tracking)
+                print(f"exported: {exported.absolute()}", flush=True)
+            else:
+                print(f"summary: {work(config)}", flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,7 +1,9 @@
 """Units of a job to where they run: this process, Ray Train workers, or side by side as Ray tasks."""
 
+import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from raymed.config import UserError, replace
 from raymed.tasks.task import Phase
@@ -9,31 +11,51 @@ from raymed.train.cluster import connected, gpus_of, require
 from raymed.train.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
 from raymed.train.job import Job, show_progress
 from raymed.train.loop import Interrupted
+from raymed.train.nets import check_network_stages
+from raymed.train.nodes import check_nodes, check_tracking, check_versions
+from raymed.train.plan import PlanReport, check_fits, measurable, plan
+from raymed.train.processes import launched, together, train_together
 from raymed.train.unit import Unit, phases_of, train_unit, unit_data
 
+T = TypeVar("T")
 ADVICE = "lower --compute.cpus-per-worker, use --compute.device cpu or, for memory, raise the stage's accumulate"
 
 
 def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
-    """Train units in order: in this process, or each on Ray Train workers where the job asks for several.
+    """Train units in order: in this process, together with those that torchrun or srun started beside it, or each on
+    Ray Train workers where the job asks for several.
 
     Returns whether all are finished: False when the job's budget is used up before.
     """
-    announce(job, [units])
+    if launched():
+        announce(job, [units])
+        with together(job.config.compute):
+            return all(_train_here(job, unit, train_together) for unit in units)
     if job.config.compute.workers == 1:
+        announce(job, [units])
         return all(_train_here(job, unit) for unit in units)
     from raymed.train.ray_train import train_with_workers
 
     with connected():
-        return all(unit.result() is not None or train_with_workers(unit, job.budget) for unit in units)
+        announce(job, [units])
+        check_cluster(job)
+        return all(unit.result() is not None or train_with_workers(unit, job.budget, job.interrupted) for unit in units)
 
 
-def _train_here(job: Job, unit: Unit) -> bool:
+def check_cluster(job: Job) -> None:
+    """Raise UserError where a node of the connected cluster cannot do its part: versions, MLflow, storage, data."""
+    check_versions()
+    check_tracking(job.config.run.tracking, job.storage)
+    check_nodes(job.storage, job.recipe.data)
+
+
+def _train_here(job: Job, unit: Unit, train: Callable[..., dict] = train_unit) -> bool:
+    gpus = unit.compute.workers * int(unit.compute.resolved_device().type == "cuda")
     try:
-        with job.budget.running(unit.name, int(unit.compute.resolved_device().type == "cuda")):
-            train_unit(unit, job.over, show_progress(unit.name))
+        with job.budget.running(unit.name, gpus):
+            train(unit, job.over, show_progress(unit.name))
     except Interrupted:
-        if job.interrupted():
+        if job.interrupted() or not job.budget.exhausted():  # the second: another process was asked to stop
             raise
         return False
     return True
@@ -47,21 +69,40 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> bool:
     last checkpoint.
     """
     check_single_worker(job)
+    check_cluster(job)
     return all(_run_wave(job, [unit for unit in wave if unit.result() is None]) for wave in waves)
 
 
 def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     """Print how long these units will take, and how much memory and disk, from one measured step of each kind.
 
-    Raises UserError where the disk does not suffice. Finished units count nothing.
+    With `run.plan` print the plan of each kind instead, and end. Raises UserError where disk or memory does not
+    suffice. Finished units count nothing.
     """
+    kinds = [(kind, units) for wave in waves for kind, units in _kinds(wave).items()]
+    if job.config.run.plan:
+        _show_plans(dict(reversed(kinds)))
     trainings: list[Trainings] = []
     costs: dict[str, list] = {}
-    for kind, units in ((kind, units) for wave in waves for kind, units in _kinds(wave).items()):
-        costs[kind] = costs.get(kind) or _measured(units)
-        trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
+    for kind, units in kinds:
+        costs[kind] = costs.get(kind) or _where_it_runs(units, _measure)
+        job.costs |= {phase.name: cost for phase, cost in costs[kind]}
+        if costs[kind]:
+            trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
     if trainings:
         Plan(trainings).announce(job.folder)
+
+
+def _show_plans(kinds: Mapping[str, Sequence[Unit]]) -> None:
+    """What each kind of training would take. Ends the process; raises UserError where one cannot be started so."""
+    if not kinds:
+        print("everything is trained already: there is nothing to plan", flush=True)
+    for units in kinds.values():
+        planned = _where_it_runs(units, _plan)
+        planned.render()
+        if planned.refusal:
+            raise UserError(planned.refusal)
+    sys.exit(0)
 
 
 def _kinds(wave: Sequence[Unit]) -> dict[str, list[Unit]]:
@@ -72,20 +113,33 @@ def _kinds(wave: Sequence[Unit]) -> dict[str, list[Unit]]:
     return kinds
 
 
-def _measured(units: Sequence[Unit]) -> list[tuple[Phase, StepCost]]:
-    """Each phase of these units with what it costs where they will run."""
+def _where_it_runs(units: Sequence[Unit], look: Callable[[Unit, int | None], T]) -> T:
+    """`look` at the first unit, with the threads it will have, in this process or where Ray will run it."""
     import ray
 
     if not ray.is_initialized():
-        return _measure(units[0], None)
+        return look(units[0], None)
     cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
     require(cpus, gpus, advice=ADVICE)
-    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(_measure).remote(units[0], cpus))
+    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(look).remote(units[0], cpus))
+
+
+def _plan(unit: Unit, threads: int | None) -> PlanReport:
+    data = unit_data(unit)
+    return plan(phases_of(unit, data), data, unit.seed, unit.compute, threads=threads)
 
 
 def _measure(unit: Unit, threads: int | None) -> list[tuple[Phase, StepCost]]:
+    """Each phase of a unit with what it costs; nothing where this machine cannot hold its networks."""
     data = unit_data(unit)
-    return [(phase, measure(phase, data, unit.seed, unit.compute, threads)) for phase in phases_of(unit, data)]
+    check_network_stages(unit.recipe.phases(data), unit.compute)
+    phases = phases_of(unit, data)
+    for warning in check_fits(phases, unit.compute):
+        print(warning, flush=True)
+    if not measurable(phases, unit.compute):
+        print("no estimate: the networks are too large for one process of this machine (--plan says more)", flush=True)
+        return []
+    return [(phase, measure(phase, data, unit.seed, unit.compute, threads)) for phase in phases]
 
 
 def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]]) -> int:
@@ -187,4 +241,7 @@ def flat(methods: Mapping[str, Sequence[Unit]]) -> list[Unit]:
 def check_single_worker(job: Job) -> None:
     """Raise UserError where several workers are asked of a job whose trainings each run on one."""
     if job.config.compute.workers > 1:
-        raise UserError(f"{job.kind} trains many models side by side, each on one worker: leave --compute.workers at 1")
+        raise UserError(
+            f"{job.kind} trains many models side by side, each on one worker: leave --compute.workers at "
+            "1, and start it without torchrun or srun"
+        )

@@ -8,6 +8,7 @@ fit continues at the last checkpoint and repeats the uninterrupted run exactly.
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +18,18 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.sampling import BalancedSampler, RandomSampler
-from raymed.distributed import rank, world_size
+from raymed.distributed import any_rank, rank, world_size
+from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger, span
 from raymed.random import derive
-from raymed.tasks.task import Phase, Step
+from raymed.tasks.task import Loss, Phase, Step
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import Checkpoints, Progress, load_weights, resume, resume_optimizers
+from raymed.train.checkpoint import Checkpoints, Progress, load_memory, load_weights, resume, resume_optimizers
+from raymed.train.communication import measured_communication
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, evaluate, shard, values
 from raymed.train.memory import OutOfMemory, give_up, halved, noticed, release
 from raymed.train.nets import Networks
+from raymed.train.timing import timing
 
 _FLUSH = 10  # steps between two looks at the losses: each costs a synchronisation
 
@@ -50,6 +54,8 @@ class Evaluation:
     samples_per_second: float
     seconds_left: float
     """Of the phase, at this speed."""
+    seconds: dict[str, float]
+    """Where the time since the evaluation before went: data, forward, backward, ... (`raymed.ledger.NAMES`)."""
 
 
 @dataclass
@@ -64,8 +70,14 @@ class Fit:
     outbox: Outbox | None = None
     """Where rank 0 writes losses and metrics."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
+    """Asked after every step, with several workers after every tenth and on all of them: one that says yes stops all,
+    and what they have is saved."""
     frozen: dict[str, Tensor] | None = None
     """What the untrained networks say of all images, where it is known already; None = computed where a phase asks."""
+
+    def __post_init__(self) -> None:
+        for phase in self.phases:
+            self.compute.check_phase(phase)
 
     def run(self) -> Iterator[Evaluation]:
         """Train every phase that is not finished. Collective."""
@@ -109,6 +121,7 @@ class Fit:
             raise UserError(f"phase {phase.name} has no checkpoint yet")
         networks = Networks(phase, self.seed, self.compute)
         networks.load_weights(load_weights(source))
+        networks.load_memory(load_memory(source))
         return networks, self.feed(phase, networks)
 
     def feed(self, phase: Phase, networks: Networks) -> Feed:
@@ -133,16 +146,36 @@ def sampler_of(phase: Phase, data: DataSet, seed: int) -> RandomSampler | Balanc
 def take_step(phase: Phase, networks: Networks, step: Step) -> dict[str, Tensor]:
     """One training step: every loss backward, every network it ends moved. Returns what is logged."""
     totals: dict[str, Tensor] = {}
-    for loss in phase.task.losses(step, networks):
+    losses = phase.task.losses(step, networks)
+    while (loss := _next(losses)) is not None:
         engine = networks.engines[loss.trains]
-        engine.backward(loss.value, last=loss.step)
+        if networks.active != loss.trains:
+            raise UserError(f"a loss of network {loss.trains!r} must be yielded within nets.training({loss.trains!r})")
+        with span(BACKWARD):
+            engine.backward(loss.value, last=loss.step)
         for name, value in loss.metrics.items():
             totals[name] = totals.get(name, 0) + value.detach().float()
         if loss.step:
-            totals["grad_norm"] = engine.step(step.number)
+            norm = "grad_norm" if len(networks.engines) == 1 else f"grad_norm/{loss.trains}"
+            totals[norm] = engine.step(step.number)
             if loss.trains in networks.averages:
-                networks.averages[loss.trains].update()
+                with span(OPTIMIZER):
+                    networks.averages[loss.trains].update()
     return totals
+
+
+def _next(losses: Iterator[Loss]) -> Loss | None:
+    """The task computes its next loss."""
+    with span(FORWARD):
+        return next(losses, None)
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """What an evaluation found, and images a second until then."""
+
+    metrics: dict[str, float]
+    speed: float
 
 
 class _PhaseRun:
@@ -158,9 +191,17 @@ class _PhaseRun:
         self.checkpoints = fit.checkpoints(phase.name)
         self.seed = derive(fit.seed, "phase", phase.name)
         self.sampler = sampler_of(phase, fit.data, fit.seed)
+        self.ledger = Ledger(fit.compute.resolved_device())
 
     def run(self) -> Iterator[Callable[[int], Evaluation]]:
         """Train to the end of the phase, yielding at every evaluation (as a function of those of earlier phases)."""
+        try:
+            yield from self._run()
+        finally:
+            self.checkpoints.close()
+
+    def _run(self) -> Iterator[Callable[[int], Evaluation]]:
+        self.checkpoints.pull()
         last = self.checkpoints.find("last")
         self.networks = Networks(self.phase, self.fit.seed, self.fit.compute)
         self.progress = resume(self.networks, last, self.phase.name) if last else self._begin()
@@ -172,17 +213,33 @@ class _PhaseRun:
         self.feed = self.fit.feed(self.phase, self.networks)
         curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step)
         while not self.progress.finished:
+            with self.ledger.active(), measured_communication() if world_size() > 1 else nullcontext():
+                stop = self._train_on(curve)
+                scored = self._evaluate(curve) if self._is_due() else self._save_unscored(curve)
+            if scored:
+                yield self._evaluation(scored, self.ledger.take(), curve)
+            if stop:
+                self.checkpoints.wait()
+                raise Interrupted
+        self.checkpoints.wait()
+
+    def _train_on(self, curve: "_Curve") -> bool:
+        """Steps up to the next evaluation, or until the fit is to stop; returns whether it is."""
+        while True:
             with noticed(self.phase, self.progress.step):
                 curve.add(self._train_step(self.progress.step))
             self.progress.step += 1
-            stop = self.fit.interrupted()
-            if self.phase.evaluates_after(self.progress.step - 1):
-                yield self._evaluate(curve)
-            elif stop:
-                curve.flush()
-                self.checkpoints.save(self.networks, self.progress, best=False)
-            if stop:
-                raise Interrupted
+            stop = self._is_to_stop()
+            if stop or self._is_due():
+                return stop
+
+    def _is_due(self) -> bool:
+        return self.phase.evaluates_after(self.progress.step - 1)
+
+    def _is_to_stop(self) -> bool:
+        if world_size() == 1:
+            return self.fit.interrupted()
+        return self.progress.step % _FLUSH == 0 and any_rank(self.fit.interrupted(), self.feed.device)
 
     def _begin(self) -> Progress:
         for part, origin in self.phase.starts_from.items():
@@ -200,13 +257,19 @@ class _PhaseRun:
         return Checkpoints(Path(origin)).find("best") or Path(origin)
 
     def _train_step(self, number: int) -> dict[str, Tensor]:
-        rows = shard(self.sampler.indices(number), self.phase.accumulate)
-        step = Step(number, self.seed, rank(), tuple(self.feed.batch(part) for part in rows))
+        with span(DATA):
+            rows = shard(self.sampler.indices(number), self.phase.accumulate)
+            step = Step(number, self.seed, rank(), tuple(self.feed.batch(part) for part in rows))
         return take_step(self.phase, self.networks, step)
 
-    def _evaluate(self, curve: "_Curve") -> Callable[[int], Evaluation]:
+    def _save_unscored(self, curve: "_Curve") -> None:
+        curve.flush()
+        self.checkpoints.save(self.networks, self.progress, best=False)
+
+    def _evaluate(self, curve: "_Curve") -> "_Scored":
         speed = curve.flush() * self.phase.batch_size
-        metrics = values(evaluate(self.phase, self.networks, self.feed, "val"))
+        with span(EVALUATION):
+            metrics = values(evaluate(self.phase, self.networks, self.feed, "val"))
         progress, phase = self.progress, self.phase
         progress.evaluation += 1
         better = self._is_best(metrics)
@@ -217,10 +280,17 @@ class _PhaseRun:
             named = {f"val/{name}": value for name, value in metrics.items()}
             self.fit.outbox.metrics(named, self.first_step + progress.step)
         self.checkpoints.save(self.networks, progress, better)
+        return _Scored(metrics, speed)
+
+    def _evaluation(self, scored: "_Scored", seconds: dict[str, float], curve: "_Curve") -> Callable[[int], Evaluation]:
         curve.restart_clock()
-        left = (phase.steps - progress.step) * phase.batch_size / speed
-        step, number = progress.step, progress.evaluation
-        return lambda before: Evaluation(phase.name, step, before + number, metrics, curve.last_loss, speed, left)
+        step, number, phase = self.progress.step, self.progress.evaluation, self.phase
+        left = 0.0 if self.progress.finished else (phase.steps - step) * phase.batch_size / scored.speed
+        if self.fit.outbox and rank() == 0:
+            self.fit.outbox.metrics(timing(phase.name, seconds, scored.speed), self.first_step + step)
+        return lambda before: Evaluation(
+            phase.name, step, before + number, scored.metrics, curve.last_loss, scored.speed, left, seconds
+        )
 
     def _is_best(self, metrics: dict[str, float]) -> bool:
         if self.phase.monitor is None:
@@ -253,6 +323,8 @@ class _Curve:
 
     def add(self, values: dict[str, Tensor]) -> None:
         """One step's values."""
+        if self.pending and self.pending[0].keys() != values.keys():
+            self.flush()
         self.pending.append(values)
         self.counted += 1
         if len(self.pending) == _FLUSH:

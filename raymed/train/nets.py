@@ -1,19 +1,25 @@
 """The proxies through which a task sees its networks, and where their weights start from."""
 
-from collections.abc import Iterator
+import hashlib
+import pickle
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from raymed.config import UserError
+from raymed.models.checkpointing import checkpoint_activations
 from raymed.random import derive
-from raymed.tasks.task import Network, Phase
+from raymed.tasks.task import Memory, Network, Phase, Task, setting_up
 from raymed.train.compute import Compute
 from raymed.train.ema import Average
-from raymed.train.engines import Engine, build_engine
+from raymed.train.engines import Engine, build_engine, copied_state
 
 
 class Networks:
@@ -25,9 +31,14 @@ class Networks:
     """
 
     def __init__(self, phase: Phase, seed: int, compute: Compute):
-        torch.manual_seed(derive(seed, "weights", phase.name))
         self.compute = compute
-        self.networks: dict[str, Network] = phase.task.networks()
+        self.task = phase.task
+        with setting_up(phase.task) as task:
+            torch.manual_seed(derive(seed, "weights", phase.name))
+            self.networks: dict[str, Network] = task.networks()
+            torch.manual_seed(derive(seed, "memory", phase.name))
+            self.memory = Memory(task.memory(), compute.resolved_device())
+        self._containers = _containers(phase.task)
         self.engines: dict[str, Engine] = {}
         self.averages: dict[str, Average] = {}
         self.active: str | None = None
@@ -42,13 +53,16 @@ class Networks:
         trained = {name: network for name, network in self.networks.items() if network.optim is not None}
         self.compute.warn_where_useless([network.module for network in self.networks.values()])
         for name, network in trained.items():
+            if self.compute.activation_checkpointing and not checkpoint_activations(network.module):
+                warnings.warn(f"compute.activation_checkpointing has no effect on network {name!r}", stacklevel=2)
+            self.engines[name] = build_engine(name, network, steps, self.compute)
             if network.ema is not None:
-                self.averages[name] = Average(network.module, network.ema)
-            self.engines[name] = build_engine(network, steps, self.compute)
+                self.averages[name] = self.engines[name].average(network.ema)
 
     def __getitem__(self, name: str) -> Any:
         if name == self.active:
-            return self.engines[name]
+            engine = self.engines[name]
+            return engine.raw if name in self.task.double_backward else engine
         return lambda *inputs: self._raw(self.networks[name].module, *inputs)
 
     def _raw(self, module: nn.Module, *inputs: Tensor) -> Any:
@@ -109,15 +123,37 @@ class Networks:
         raise UserError(f"no network has a part {part!r}; there are {', '.join(self.networks)}")
 
     def weights(self, averaged: bool) -> dict[str, Tensor]:
-        """NETWORK.NAME -> tensor, of all networks, with the averages in place of their weights if asked."""
+        """NETWORK.NAME -> tensor, of all networks, with the averages in place of their weights if asked. On rank 0;
+        the others get nothing. Collective as soon as there are engines."""
         with ExitStack() as stack:
             if averaged:
                 stack.enter_context(self.averaged())
-            return {
-                f"{network}.{name}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-                for network in self.networks
-                for name, tensor in self.module(network).state_dict().items()
-            }
+            states = {network: self._whole_state(network) for network in self.networks}
+        return {f"{network}.{name}": tensor for network, state in states.items() for name, tensor in state.items()}
+
+    def _whole_state(self, network: str) -> dict[str, Tensor]:
+        engine = self.engines.get(network)
+        return engine.full_state() if engine else copied_state(self.module(network))
+
+    def saved_memory(self) -> dict[str, Tensor]:
+        """Copies on the CPU of what the task remembers. Warns of what it keeps elsewhere: a list or the like among
+        its attributes that has changed in place."""
+        changed = [name for name, seen in _containers(self.task).items() if self._containers.get(name) != seen]
+        if changed:
+            warnings.warn(
+                f"{type(self.task).__name__}.{', .'.join(changed)} changed in place while the task trained, and is "
+                "lost when the run resumes: what a task remembers belongs in nets.memory",
+                stacklevel=2,
+            )
+        return {name: value.cpu().clone() for name, value in self.memory.items()}
+
+    def load_memory(self, saved: dict[str, Tensor]) -> None:
+        """The inverse of `saved_memory`. Raises UserError where names, shapes or dtypes are not those of the task."""
+        problems = _misfits(dict(self.memory), saved)
+        if problems:
+            raise UserError(f"the checkpoint's memory is not this task's: {'; '.join(problems[:3])}")
+        for name, value in saved.items():
+            self.memory[name] = value
 
     def load_weights(self, weights: dict[str, Tensor]) -> None:
         """The inverse of `weights`."""
@@ -144,6 +180,36 @@ class _Mode:
             return
         for flags in self.flags:
             flags["training"] = training
+
+
+def check_network_stages(phases: Iterable[Phase], compute: Compute) -> None:
+    """Raise UserError where `compute.network_stages` names a network that none of a recipe's phases has. The networks
+    are built to ask for their names, if any is named."""
+    named = [entry.partition("=")[0] for entry in compute.network_stages]
+    known: set[str] = set()
+    for phase in phases if named else ():
+        with setting_up(phase.task) as task:
+            known |= task.networks().keys()
+    for name in named:
+        if name not in known:
+            raise UserError(
+                f"compute.network_stages: there is no network {name!r}; there are {', '.join(sorted(known))}"
+            )
+
+
+def _containers(task: Task) -> dict[str, bytes]:
+    """A digest of every attribute of a task that can change in place: containers, arrays and tensors."""
+    kinds = (list, dict, set, deque, bytearray, np.ndarray, Tensor)
+    held = {name: value for name, value in vars(task).items() if isinstance(value, kinds)}
+    return {name: _digest(value) for name, value in held.items()}
+
+
+def _digest(value: object) -> bytes:
+    try:
+        data = pickle.dumps(value)
+    except (pickle.PicklingError, AttributeError, TypeError):  # it holds functions or open files
+        data = repr(value).encode()
+    return hashlib.sha256(data).digest()
 
 
 def _misfits(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:

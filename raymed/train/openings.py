@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from raymed.data.dataset import DataSet
+from raymed.storage import Mirror, push_file
 
 
 def open_test(storage: Path, data: DataSet, run: str) -> int:
@@ -20,10 +21,13 @@ def open_test(storage: Path, data: DataSet, run: str) -> int:
     """
     test = hashlib.sha256(np.sort(data.content[data.splits["test"]]).tobytes()).hexdigest()[:16]
     path = storage / "test_openings.jsonl"
+    if mirror := Mirror.of(storage):
+        mirror.pull([path.name])
     lines = path.read_text().splitlines() if path.is_file() else []
     runs = {entry["run"] for entry in map(json.loads, lines) if entry["test"] == test}
     if run not in runs:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("a") as file:
             file.write(json.dumps({"test": test, "run": run, "time": round(time.time())}) + "\n")
+        push_file(path)
     return len(runs | {run})

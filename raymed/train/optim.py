@@ -25,7 +25,8 @@ def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999))
+    fused = all(p.device.type in ("cpu", "cuda") for p in trained)  # one pass over the memory
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999), fused=fused)
 
 
 def schedule(optim: Optim, step: int, steps: int) -> tuple[float, float]:
@@ -63,6 +64,15 @@ def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -
             group["betas"] = (momentum, group["betas"][1])
         else:
             group["momentum"] = momentum
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], largest: float | None) -> Tensor:
+    """Scale all gradients down together where their norm is larger than that. Returns the norm before."""
+    moved = [p for p in parameters if p.grad is not None]
+    norm = total_norm(p.grad for p in moved if p.grad is not None)
+    if largest is not None:
+        torch.nn.utils.clip_grads_with_norm_(moved, largest, norm)
+    return norm
 
 
 def total_norm(gradients: Iterable[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ import pandas as pd
 
 from raymed.config import UserError, flatten, to_json
 from raymed.data.dataset import DataSet
-from raymed.storage import home, write_atomic
+from raymed.storage import Mirror, storage_folder, write_atomic
 from raymed.tracking.outbox import Outbox
 
 FORMAT = 1
@@ -89,7 +89,9 @@ def fetch(run: str, storage: str | None = None, tracking: str | None = None) -> 
     """
     if Path(run).is_file():
         return _from_file(Path(run))
-    folder = Path(storage).expanduser().absolute() if storage else home()
+    folder = storage_folder(storage)
+    if mirror := Mirror.of(folder / "runs" / run):
+        mirror.pull()
     if (folder / "runs" / run / "tracking.jsonl").is_file():
         return from_folder(folder / "runs" / run)
     return _from_mlflow(run, folder, tracking)
@@ -169,7 +171,7 @@ def export(run: str, storage: str | None = None, tracking: str | None = None, fo
 
 
 def _is_path(field: str, value: Any) -> bool:
-    return isinstance(value, str) and (field == _MANIFEST or value.startswith(("/", "~")))
+    return isinstance(value, str) and (field == _MANIFEST or value.startswith(("/", "~", "s3://")))
 
 
 def _set(config: dict[str, Any], field: str, value: Any) -> None:

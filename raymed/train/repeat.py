@@ -25,7 +25,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pandas as pd
@@ -33,9 +33,10 @@ import pandas as pd
 from raymed.config import UserError, flatten, from_dict, replace
 from raymed.data.cache import decode
 from raymed.data.dataset import DataSet
+from raymed.data.locations import Location, as_location, below, ending, folder_of
 from raymed.data.manifest import DataConfig, read_manifest, read_table
 from raymed.data.problems import rows_text
-from raymed.storage import local_folder, write_atomic
+from raymed.storage import exists, local_folder, push_file, write_atomic
 from raymed.train.record import Record, data_record, fetch, images
 
 TOLERANCE = 1e-6
@@ -124,17 +125,23 @@ def _found(data: DataConfig, folder: str | None, record: Record, storage: Path) 
     """The data of a record as they lie here, and the rows that are none of its."""
     if data.manifest == "phantoms":
         return data, []
-    manifest = Path(data.manifest).expanduser().absolute()
+    manifest = as_location(data.manifest)
     if folder is not None and data.manifest == record.config["recipe"]["data"]["manifest"]:
-        manifest = Path(folder).expanduser().absolute() / manifest.name
-    if not manifest.is_file():
+        manifest = below(as_location(folder), PurePosixPath(str(manifest)).name)
+    manifest = _absolute(manifest)
+    if not exists(manifest):
+        name = PurePosixPath(str(manifest)).name
         raise UserError(
-            f"there is no manifest {manifest}: state the folder that holds {manifest.name} and its images "
+            f"there is no manifest {manifest}: state the folder that holds {name} and its images "
             "(--data-root DIR), or the manifest itself (--data.manifest FILE)"
         )
-    root = folder or data.root or manifest.parent
-    data = dataclasses.replace(data, manifest=str(manifest), root=str(Path(root).expanduser().absolute()))
-    return (data, []) if manifest.suffix == ".npz" else _derive(data, record, storage)
+    root = _absolute(as_location(folder or data.root or str(folder_of(manifest))))
+    data = dataclasses.replace(data, manifest=str(manifest), root=str(root))
+    return (data, []) if ending(manifest) == ".npz" else _derive(data, record, storage)
+
+
+def _absolute(location: Location) -> Location:
+    return location.absolute() if isinstance(location, Path) else location
 
 
 def _derive(data: DataConfig, record: Record, storage: Path) -> tuple[DataConfig, list[int]]:
@@ -149,7 +156,7 @@ def _derive(data: DataConfig, record: Record, storage: Path) -> tuple[DataConfig
     wanted, found = match(theirs, here)
     if not wanted:
         raise UserError(_nothing_in_common(record, len(table)))
-    raw = read_table(Path(data.manifest))
+    raw = read_table(as_location(data.manifest))
     taken = raw.iloc[here.loc[found, "row"].to_numpy() - 1].set_axis(theirs.loc[wanted, "row"], axis=0)
     taken["split"] = theirs.loc[wanted, "split"].tolist()
     derived = taken.reindex(range(1, max(record.data["row"]) + 1), fill_value="")
@@ -157,6 +164,7 @@ def _derive(data: DataConfig, record: Record, storage: Path) -> tuple[DataConfig
     path = storage / "manifests" / f"{hashlib.sha256(text.encode()).hexdigest()[:16]}.csv"
     path.parent.mkdir(exist_ok=True)
     write_atomic(path, text)
+    push_file(path)
     problem = "skip" if len(taken) < len(derived) else data.on_problem
     data = dataclasses.replace(data, manifest=str(path), split="split", on_problem=problem)
     return data, here["row"].drop(found).tolist()

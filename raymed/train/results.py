@@ -15,6 +15,7 @@ from raymed.storage import write_atomic
 from raymed.tasks.classifier import load_classifier
 from raymed.train.job import Job
 from raymed.train.openings import open_test
+from raymed.train.timing import speeds, time_spent
 from raymed.train.unit import SPLITS, Unit, predictions, unit_data
 
 PANEL = 8  # images
@@ -157,6 +158,8 @@ def report(
     paths = {"run": job.folder, "figures": folder}
     if methods[best][0].fold is None:  # those of folds are for figures, not for use
         paths["model"] = methods[best][0].folder / "bundle"
+    extra |= {"time": {unit.name: time_spent(unit.outbox) for units in methods.values() for unit in units}}
+    extra |= {"speed": speeds(methods[best][0].outbox, job.costs)}
     extra |= {"differences": {"baseline": baseline, **differences}} if differences else {}
     summary = job.finish(figures, paths, best=best, laterality=laterality, **extra)
     told = "".join(f"{name}: {path}\n" for name, path in paths.items())

@@ -6,6 +6,7 @@ A unit that has finished has `result.json` in its folder and is not trained agai
 import functools
 import json
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,11 +21,12 @@ from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.meters import BinaryMeter
-from raymed.storage import lock, write_atomic
+from raymed.storage import Mirror, lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
+from raymed.train.elastic import for_world
 from raymed.train.evaluate import evaluate
 from raymed.train.features import encoder_features, note_trained_on, refuse_seen
 from raymed.train.folds import Fold
@@ -68,8 +70,10 @@ class Unit:
         return Path(json.loads((self.folder / "result.json").read_text())["checkpoint"])
 
     def result(self) -> dict[str, Any] | None:
-        """What `finish` wrote, or None while it is not finished."""
+        """What `finish` wrote, here or on another node, or None while it is not finished."""
         path = self.folder / "result.json"
+        if not path.is_file() and (mirror := Mirror.of(self.folder)):
+            mirror.pull()
         return json.loads(path.read_text()) if path.is_file() else None
 
 
@@ -83,8 +87,13 @@ class UnitRun:
 
     def __init__(self, unit: Unit, interrupted: Callable[[], bool] = lambda: False):
         self.unit = unit
+        self.mirror = Mirror.of(unit.folder) if rank() == 0 else None
+        if self.mirror:  # what an earlier process has left, maybe on another node
+            self.mirror.pull()
         self.data = unit_data(unit)
         phases = phases_of(unit, self.data)
+        if unit.compute.min_workers:
+            phases = tuple(for_world(phase, unit.compute.workers, world_size()) for phase in phases)
         if unit.part == "all" and unit.recipe.two_stage and unit.recipe.supcon.encoder_from:
             refuse_seen(self.data, Path(unit.recipe.supcon.encoder_from))
         outbox = unit.outbox if rank() == 0 else None
@@ -108,7 +117,10 @@ class UnitRun:
             params = {"seed": self.unit.seed, **to_dict(self.unit.recipe), "compute": to_dict(self.unit.compute)}
             tags = {"raymed.data": self.data.fingerprint, **self.unit.tags}
             self.fit.outbox.open(self.unit.key, self.unit.name, self.unit.parent, params, tags)
-        yield from self.fit.run()
+        with self.mirror or nullcontext() as mirror:
+            if mirror:
+                mirror.follow()
+            yield from self.fit.run()
 
     def finish(self) -> dict[str, Any]:
         """Score validation and test at the best checkpoint and write predictions, bundle and result. Collective."""
@@ -116,6 +128,8 @@ class UnitRun:
         if rank() == 0:
             write_atomic(self.unit.folder / "result.json", to_json(result))
             self.unit.outbox.close("FINISHED")
+        if self.mirror:
+            self.mirror.push()
         return result
 
     def _encoder_result(self) -> dict[str, Any]:

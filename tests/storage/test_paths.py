@@ -4,22 +4,22 @@ from pathlib import Path
 import pytest
 
 from raymed.config import UserError
-from raymed.storage import home, resolve_storage, write_atomic
+from raymed.storage import resolve_storage, storage_folder, write_atomic
 
 
 def test_home_is_the_variable_or_a_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RAYMED_HOME", "relative")
-    assert home() == tmp_path / "relative"
+    assert storage_folder() == tmp_path / "relative"
     monkeypatch.delenv("RAYMED_HOME")
-    assert home() == Path.home() / ".raymed"
+    assert storage_folder() == Path.home() / ".raymed"
 
 
 def test_storage_is_absolute_and_created(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert resolve_storage("a/b") == tmp_path / "a/b"
     assert (tmp_path / "a/b").is_dir() and not list((tmp_path / "a/b").iterdir())
-    assert resolve_storage(None) == home()
+    assert resolve_storage(None) == storage_folder()
 
 
 @pytest.mark.parametrize("path", ["file/inside", "file"])
@@ -29,10 +29,10 @@ def test_storage_that_cannot_be_written(tmp_path, path):
         resolve_storage(str(tmp_path / path))
 
 
-def test_storage_in_a_bucket_is_refused_not_made_a_folder(monkeypatch, tmp_path):
+def test_storage_in_another_kind_of_bucket_is_refused_not_made_a_folder(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="s3://bucket/x"):
-        resolve_storage("s3://bucket/x")
+    with pytest.raises(UserError, match="s3://BUCKET/PREFIX, got gs://bucket/x"):
+        resolve_storage("gs://bucket/x")
     assert not list(tmp_path.iterdir())
 
 

@@ -342,7 +342,8 @@ def test_a_server_that_never_answers_delays_nothing(storage, capsys):
 
 @pytest.fixture
 def server(tmp_path, empty_store):
-    """start() runs a real MLflow server on the address it stands for; its processes are ended afterwards."""
+    """address, start, kill: start() runs a real MLflow server on the address, kill() ends all its processes at once, as
+    the test's end does."""
     import psutil
 
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -358,18 +359,22 @@ def server(tmp_path, empty_store):
         environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}  # it would start ten processes more
         started.append(psutil.Popen(command, cwd=tmp_path, env=environment, **quiet))
 
-    yield f"http://127.0.0.1:{port}", start
-    for process in started:
-        for each in [*process.children(recursive=True), process]:
-            each.kill()
-        process.wait()
+    def kill():
+        while started:
+            process = started.pop()
+            for each in [process, *process.children(recursive=True)]:
+                each.kill()
+            process.wait()
+
+    yield f"http://127.0.0.1:{port}", start, kill
+    kill()
 
 
 @pytest.mark.timeout(180)
 def test_a_server_that_comes_late_gets_everything_once(storage, server, capsys):
     from mlflow import MlflowClient
 
-    address, start = server
+    address, start, _ = server
     outboxes = [Outbox(storage / f"{name}.jsonl") for name in ("sweep", "trial")]
     outboxes[0].open("sweep", "sweep")
     outboxes[1].open("trial", "trial", parent="sweep", params={"lr": 0.1})
@@ -397,3 +402,59 @@ def test_a_server_that_comes_late_gets_everything_once(storage, server, capsys):
     experiment = client.get_experiment_by_name("exp").experiment_id
     assert tracker.where("trial") == f"{address}/#/experiments/{experiment}/runs/{runs['trial'].info.run_id}"
     assert not os.listdir(storage / "outboxes")
+
+
+WRITER = """
+import sys, time
+from raymed.tracking import Outbox
+outbox, step = Outbox(sys.argv[1]), 0
+outbox.open("key", "name", params={"lr": 0.1})
+while True:
+    step += 1
+    outbox.metrics({"loss": 1 / step, "lr": 0.1}, step)
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.timeout(400)
+def test_a_server_that_is_killed_and_restarted_while_training_writes(storage, server, capsys):
+    """Nothing is lost and nothing double, whatever the server was doing when it was killed."""
+    from mlflow import MlflowClient
+
+    address, start, kill = server
+    outbox = Outbox(storage / "run/tracking.jsonl")
+    start()
+    with Tracker(address, "exp", storage, period=0.05) as tracker:
+        tracker.follow(outbox.path)
+        with subprocess.Popen([sys.executable, "-c", WRITER, str(outbox.path)]) as training:
+            _wait(lambda: _sent(outbox) > 5_000, "the server takes records")
+            kill()
+            _wait(lambda: tracker._trouble, "the server is missed")
+            before = outbox.path.stat().st_size
+            _wait(lambda: outbox.path.stat().st_size > before + 10_000, "training goes on")
+            start()
+            _wait(lambda: _sent(outbox) > before + 10_000, "the server takes them again")
+            training.kill()
+        outbox.close()
+        assert tracker.close(timeout=120)
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("MLflow at")]
+    assert "does not take records" in said[-2] and "takes records again" in said[-1]
+    steps = [record["step"] for record in outbox.records() if record["op"] == "metrics"]
+    client = MlflowClient(tracking_uri=address)
+    run = _runs(client)["key"]
+    assert run.info.status == "FINISHED" and len(steps) > 100
+    assert _curve(client, run) == [(step, 1 / step) for step in steps]
+    assert [step for step, _ in _curve(client, run, "lr")] == list(range(1, len(steps) + 1))
+
+
+def _sent(outbox):
+    """Bytes of an outbox that are uploaded."""
+    cursor = outbox.path.with_suffix(".cursor.json")
+    return json.loads(cursor.read_text())["offset"] if cursor.exists() else 0
+
+
+def _wait(condition, what, seconds=150):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"in vain: {what}"
+        time.sleep(0.05)

@@ -14,6 +14,7 @@ from raymed.tasks.task import Optim
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
+from raymed.train.timing import TIME
 from raymed.train.unit import Unit
 
 OPTIM = Optim(lr=2e-3, weight_decay=0.05, schedule="one_cycle", clip=0.5)
@@ -61,8 +62,9 @@ def make_fit(recipe: ClassifierRecipe, folder: Path, compute: Compute | None = N
 
 
 def curve(folder: Path) -> list[tuple[int, dict]]:
-    """(step, values) of every metrics record that counts."""
-    return [(r["step"], r["values"]) for r in Outbox(folder / "outbox.jsonl").records() if r["op"] == "metrics"]
+    """(step, values) of every metrics record that counts, but for those of the clock."""
+    records = [r for r in Outbox(folder / "outbox.jsonl").records() if r["op"] == "metrics"]
+    return [(r["step"], r["values"]) for r in records if not any(name.startswith(TIME) for name in r["values"])]
 
 
 def make_unit(recipe: ClassifierRecipe, folder: Path, **more) -> Unit:

@@ -107,7 +107,46 @@ def test_weights_averages_and_states_count_twice(data):
 def test_a_worker_has_its_share_of_each_micro_batch(data):
     task = Slow()
     measure(Phase("p", task, 1, 12, accumulate=2), data, 0, dataclasses.replace(COMPUTE, workers=3))
-    assert len(task.seen) >= 3 and task.seen == [[2, 2]] * len(task.seen)
+    steps = [seen for seen in task.seen if len(seen) == 2]
+    assert len(steps) >= 3 and steps == [[2, 2]] * len(steps)
+    assert [seen for seen in task.seen if len(seen) != 2] == [[2]] * 2  # for FLOPs, and for activations
+
+
+def test_several_workers_take_as_much_memory_each():
+    cost = dataclasses.replace(COST, workers=3)
+    assert Trainings("heads", 8, [(phase(20, 1), cost), (phase(1, 1), COST)], at_once=2).memory_bytes == 24 * GB
+
+
+def test_an_unsharded_copy_is_measured_whatever_the_engine(data):
+    compute = dataclasses.replace(COMPUTE, engine="deepspeed", zero_stage=3, offload=True, network_stages=("net=2",))
+    cost = measure(Phase("p", Slow(megabytes=1), 9, 8), data, 0, compute)
+    assert cost.disk_bytes == pytest.approx(2 * 4 * 4e6, rel=1e-4) and cost.workers == 1
+
+
+@dataclasses.dataclass
+class Wide(Task):
+    """A network that keeps known tensors for its backward pass, and two losses one after the other."""
+
+    def networks(self):
+        return {"net": Network(nn.Linear(100, 50), Optim("sgd"))}
+
+    def losses(self, step, nets):
+        for batch in step.micro:
+            with nets.training("net"):
+                for last in (False, True):
+                    value = nets["net"](torch.ones(len(batch), 100)).exp().sum()
+                    yield Loss("net", value, {"loss": value.detach()}, step=last)
+
+    def predict(self, batch, nets):
+        return {}
+
+
+def test_activations_are_those_of_a_micro_batch_once(data):
+    """The input (6, 100) and the result of exp (6, 50), not the weights; the first loss's are gone when the second's
+    are there. FLOPs of the two: x W forward and x' g for the weights, 2 x 100 x 50 each."""
+    cost = measure(Phase("p", Wide(), 9, 12, accumulate=2), data, 0, COMPUTE)
+    assert cost.activation_bytes == 4 * 6 * (100 + 50)
+    assert cost.flops_per_sample == 2 * 2 * (2 * 100 * 50)
 
 
 def phase(steps: int, evaluations: int) -> Phase:
@@ -162,6 +201,6 @@ def test_words():
     assert [in_time(s) for s in (0.2, 45, 89, 91, 720, 5399, 12600)] == [
         "1 s", "45 s", "89 s", "2 min", "12 min", "90 min", "3.5 h",
     ]  # fmt: skip
-    assert [in_bytes(b) for b in (2_500_000, 85e6, 999e6, 1.23e9, 40e9, 400e9)] == [
-        "2.5 MB", "85 MB", "999 MB", "1.2 GB", "40.0 GB", "400 GB",
+    assert [in_bytes(b) for b in (6_400, 2_500_000, 85e6, 999e6, 1.23e9, 40e9, 400e9)] == [
+        "6 kB", "2.5 MB", "85 MB", "999 MB", "1.2 GB", "40.0 GB", "400 GB",
     ]  # fmt: skip

@@ -1,6 +1,7 @@
 """The networks of a phase: who is in training, who is frozen, and where weights come from."""
 
 import copy
+import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from torch import nn
 from raymed.config import UserError
 from raymed.tasks.task import Ema, Network, Optim, Phase, Task
 from raymed.train.compute import Compute
-from raymed.train.nets import Networks, _Mode
+from raymed.train.nets import Networks, _Mode, check_network_stages
 
 COMPUTE = Compute(channels_last=False)
 
@@ -74,6 +75,121 @@ def test_training_one_network_freezes_the_others_and_restores_them(nets):
     assert state(nets) == before
     with pytest.raises(UserError, match="network 'frozen' has no optimiser"), nets.training("frozen"):
         raise AssertionError
+
+
+class Remembering(Task):
+    """Not a dataclass; sets an attribute while its networks are made, and keeps a list that it should not."""
+
+    def __init__(self):
+        self.history = []
+
+    def networks(self):
+        self.width = 2
+        return {"net": Network(nn.Linear(3, self.width), Optim())}
+
+    def memory(self):
+        return {"queue": torch.randn(4, 3), "seen": torch.zeros((), dtype=torch.int64)}
+
+
+def remembering(task: Task, seed: int = 1) -> Networks:
+    return Networks(Phase("p", task, steps=4, batch_size=2), seed, COMPUTE)
+
+
+def test_memory_is_written_in_place_or_whole_and_survives():
+    task = Remembering()
+    first, second, other = remembering(task), remembering(task), remembering(task, seed=2)
+    start = first.memory["queue"].clone()
+    assert torch.equal(second.memory["queue"], start) and not torch.equal(other.memory["queue"], start)
+    new = torch.ones(2, 3, requires_grad=True)
+    first.memory["queue"] = torch.cat([new, first.memory["queue"]])[:4]
+    first.memory["queue"][3].mul_(new[0] * 2)
+    first.memory["seen"] += 2
+    expected = torch.cat([torch.ones(2, 3), start[:1], 2 * start[1:2]])
+    assert torch.equal(first.memory["queue"], expected) and first.memory["seen"] == 2
+    assert not first.memory["queue"].requires_grad
+    assert torch.equal(second.memory["queue"], start) and second.memory["seen"] == 0  # each has its own
+    saved = first.saved_memory()
+    first.memory["seen"] += 1
+    second.load_memory(saved)
+    assert {name: value.tolist() for name, value in second.memory.items()} == {"queue": expected.tolist(), "seen": 2}
+
+
+def test_memory_keeps_its_names_shapes_and_types():
+    memory = remembering(Remembering()).memory
+    with pytest.raises(UserError, match="nets.memory has no 'pool': Task.memory.. names queue, seen"):
+        memory["pool"] = torch.zeros(4, 3)
+    with pytest.raises(UserError, match=r"nets.memory\['queue'\] is \(4, 3\) torch.float32 .* got \(5, 3\) torch.fl"):
+        memory["queue"] = torch.zeros(5, 3)
+    with pytest.raises(UserError, match=r"nets.memory\['seen'\] is \(\) torch.int64 and stays so, got \(\) torch.fl"):
+        memory["seen"] = torch.tensor(1.0)
+    with pytest.raises(UserError, match=r"nets.memory\['seen'\] .* got 3"):
+        memory["seen"] = 3
+    nets = remembering(Remembering())
+    with pytest.raises(UserError, match="checkpoint's memory is not this task's: queue is missing; seen is missing"):
+        nets.load_memory({})
+    with pytest.raises(UserError, match=r"checkpoint's memory is not this task's: queue is \(3,\), wanted \(4, 3\)"):
+        nets.load_memory(nets.saved_memory() | {"queue": torch.zeros(3)})
+
+
+def test_a_task_is_sealed_once_it_has_networks():
+    task = Remembering()
+    task.rate = 1  # before: allowed
+    nets = remembering(task)
+    with pytest.raises(
+        UserError, match=r"Remembering.rate is set while .*memory\(\) and keep it in nets.memory\['rate'\]"
+    ):
+        task.rate = 2
+    with pytest.raises(UserError, match="Remembering.new is set"):
+        task.new = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        remembering(task)  # built again: its networks may set what they set, and it is sealed as before
+        nets.saved_memory()
+    with pytest.raises(UserError, match="Remembering.width is set"):
+        task.width = 3
+    twin = copy.deepcopy(task)
+    twin.rate = 3  # another task, not in training
+    assert (task.rate, task.width, twin.rate) == (1, 2, 3)
+    task.history.append(1)
+    with pytest.warns(UserWarning, match="Remembering.history changed in place while .* belongs in nets.memory"):
+        nets.saved_memory()
+
+
+class Penalised(Three):
+    double_backward = frozenset({"critic"})
+
+
+def test_what_is_differentiated_twice_is_called_raw(monkeypatch):
+    nets = Networks(Phase("p", Penalised(), steps=4, batch_size=2), 1, COMPUTE)
+    nets.build_engines(4)
+    called = []
+    for name, engine in nets.engines.items():
+        monkeypatch.setattr(engine, "forward", lambda x, name=name: called.append(name))
+    for name in ("maker", "critic"):
+        with nets.training(name):
+            nets[name](torch.randn(4, 3))
+    assert called == ["maker"]
+
+
+def test_checkpointing_of_activations_is_switched_on_or_warned_of(phases, recwarn):
+    single = phases[1][0]
+    nets = Networks(single, 1, Compute(activation_checkpointing=True))
+    assert not nets.module("classifier").encoder.net.grad_checkpointing
+    nets.build_engines(4)
+    assert nets.module("classifier").encoder.net.grad_checkpointing
+    assert not [w for w in recwarn if "activation_checkpointing" in str(w.message)]
+    three = Networks(Phase("p", Three(), steps=4, batch_size=2), 1, Compute(activation_checkpointing=True))
+    with pytest.warns(UserWarning, match="activation_checkpointing has no effect on network 'critic'"):
+        three.build_engines(4)
+
+
+def test_stages_of_networks_that_no_phase_has_are_refused(phases):
+    supcon_then_head, _ = phases
+    stages = {"engine": "deepspeed", "network_stages": ("contrastive=1", "head=2")}
+    check_network_stages(supcon_then_head, Compute(**stages))
+    check_network_stages(supcon_then_head, Compute())
+    with pytest.raises(UserError, match="no network 'contrastive'; there are encoder, head"):
+        check_network_stages(supcon_then_head[1:], Compute(**stages))
 
 
 def test_averaged_holds_averages_and_records_no_gradient(nets):

@@ -1,6 +1,7 @@
-"""The benchmark's peer trains the same thing, and is nobody's relative."""
+"""The benchmarks' peers train the same thing, and are nobody's relatives."""
 
 import ast
+import json
 import sys
 from pathlib import Path
 
@@ -17,19 +18,30 @@ JOBS = Path(__file__).resolve().parents[2] / "jobs"
 @pytest.fixture
 def bench(monkeypatch):
     """jobs/bench_train.py as a module."""
+    before = set(sys.modules)
     monkeypatch.syspath_prepend(str(JOBS))
     import bench_train
 
     yield bench_train
-    for name in ("bench_train", "bench_peers.plain_training", "bench_peers"):
-        sys.modules.pop(name, None)
+    for name in set(sys.modules) - before:
+        if name.startswith("bench_"):
+            sys.modules.pop(name)
 
 
-def test_it_imports_nothing_of_ours():
-    tree = ast.parse((JOBS / "bench_peers" / "plain_training.py").read_text())
+@pytest.mark.parametrize(
+    ("peer", "used"),
+    [
+        ("plain_training", "json math collections pathlib numpy torch"),
+        ("plain_ddp", "pathlib torch bench_peers.plain_training"),
+        ("plain_deepspeed", "logging os pathlib typing torch deepspeed bench_peers.plain_training"),
+        ("plain_s3", "collections concurrent pathlib typing boto3 botocore"),
+    ],
+)
+def test_it_imports_nothing_of_ours(peer, used):
+    tree = ast.parse((JOBS / "bench_peers" / f"{peer}.py").read_text())
     imported = [n.module or "" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)]
     imported += [alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names]
-    assert {name.split(".")[0] for name in imported} == {"json", "pathlib", "numpy", "torch"}
+    assert {name if name.startswith("bench") else name.split(".")[0] for name in imported} == set(used.split())
 
 
 def test_losses_weights_and_averages_are_equal(bench, manifest, tmp_path):
@@ -52,3 +64,21 @@ def test_the_verdict_follows_the_interval(bench):
     assert bench.summary(even, 0.97, "at most")["verdict"] == "not met"
     wide = bench.summary(np.array([0.8, 0.9, 0.95, 0.98, 1.0, 1.1]), 0.97, "at least")
     assert wide["verdict"] == "not resolved" and wide["median"] == pytest.approx(0.965) and wide["half_width_95"] > 0.05
+
+
+@pytest.mark.slow
+def test_two_workers_agree_with_ddp_and_say_as_much_as_it_does(bench, tmp_path, monkeypatch):
+    """The benchmark refuses to time unequal trainings; a ring of two sends the gradient once: 4 bytes a parameter."""
+    import bench_workers
+    from bench_peers.plain_training import ResNet, group_norm
+
+    monkeypatch.setenv("PYTHONPATH", str(JOBS))
+    out = tmp_path / "figures.json"
+    config = bench_workers.BenchWorkers(("torch",), 3, 2, equal_steps=8, batch_size=16, size=16, threads=1, out=out)
+    bench_workers.main(config)
+
+    figures = json.loads(out.read_text())["plain torch"]
+    assert len(figures["ratio to DDP"]["values"]) == 3 and figures["ratio to DDP"]["median"] > 0
+    network = ResNet(1, group_norm)
+    assert figures["bytes sent a step"] == 4 * sum(p.numel() for p in network.parameters())
+    assert 0 < figures["projected efficiency"]["128 GPUs, Ethernet"] < 1

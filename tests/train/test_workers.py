@@ -19,6 +19,7 @@ from small import curve, load_data, make_fit, make_unit, recipe, write_images
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, replace
+from raymed.distributed import world_size
 from raymed.tasks.classifier import ClassifierRecipe, load_classifier
 from raymed.tasks.task import Optim
 from raymed.train import evaluate as evaluation
@@ -28,12 +29,13 @@ from raymed.train.loop import Interrupted
 from raymed.train.unit import UnitRun
 
 STEPS = {"supcon": 16, "head": 34}
-STOP = 11  # where an interrupted run stops
+STOP = 10  # where an interrupted run stops: one process is asked after every step, several after every tenth
 COMPUTES = {
     "torch": Compute(engine="torch"),
     "zero0": Compute(engine="deepspeed", zero_stage=0),
     "zero1": Compute(engine="deepspeed", zero_stage=1, compile=True),
     "zero2": Compute(engine="deepspeed", zero_stage=2),
+    "zero3": Compute(engine="deepspeed", zero_stage=3),
 }
 _SGD, _HEAD_SGD = Optim("sgd", lr=2e-2, weight_decay=1e-2, clip=0.1), Optim("sgd", lr=5e-2, clip=0.02)
 RECIPES = {
@@ -43,12 +45,12 @@ RECIPES = {
 }
 """sgd shows a gradient of the wrong size, which Adam hides; its norm before clipping is compared too."""
 RUNS = {
-    2: ["torch-sgd", "zero0-adamw", "zero1-adamw", "zero2-adamw", "zero2-sgd", "zero2-batchnorm"],
-    3: ["torch-batchnorm", "zero2-sgd"],
+    2: ["torch-sgd", "zero0-adamw", "zero1-adamw", "zero2-adamw", "zero2-sgd", "zero2-batchnorm", "zero3-sgd"],
+    3: ["torch-batchnorm", "zero2-sgd", "zero3-batchnorm"],
 }
-RESUMED = {2: ["zero2-adamw", "zero1-sgd"], 3: []}
+RESUMED = {2: ["zero3-adamw", "zero1-sgd"], 3: []}
 """What workers continue that one process began."""
-STOPPED = {2: ["zero2-adamw", "zero1-sgd"], 3: []}
+STOPPED = {2: ["zero2-adamw", "zero1-sgd", "zero3-adamw"], 3: []}
 """What one process continues that workers began."""
 
 
@@ -58,13 +60,17 @@ def parity_recipe(manifest: Path, name: str) -> ClassifierRecipe:
     return replace(recipe(manifest), short | RECIPES[name])
 
 
-def train(manifest: Path, folder: Path, run: str, stop: int | None = None) -> None:
-    """A run ENGINE-RECIPE in a folder, new or begun; at most `stop` steps."""
+def train(manifest: Path, folder: Path, run: str, stops: bool = False) -> None:
+    """A run ENGINE-RECIPE in a folder, new or begun, to its end or to STOP."""
     engine, name = run.split("-")
-    asked = iter(range(1, 1000))
-    fit = make_fit(parity_recipe(manifest, name), folder, COMPUTES[engine], interrupted=lambda: next(asked) == stop)
+    asked, answer = iter(range(1, 1000)), 1 if world_size() > 1 else STOP
+    fit = make_fit(
+        parity_recipe(manifest, name), folder, COMPUTES[engine], interrupted=lambda: stops and next(asked) == answer
+    )
     with suppress(Interrupted):
         list(fit.run())
+    if stops:
+        assert curve(folder)[-1][0] == STOP
 
 
 def scores(manifest: Path, folder: Path) -> dict:
@@ -85,7 +91,7 @@ def worker(rank: int, world: int, base: Path, manifest: Path) -> None:
     for run in RESUMED[world]:
         train(manifest, folder / f"resumed-{run}", run)
     for run in STOPPED[world]:
-        train(manifest, folder / f"stopped-{run}", run, STOP)
+        train(manifest, folder / f"stopped-{run}", run, stops=True)
     unit = UnitRun(make_unit(brief_recipe(manifest), folder / "unit"))
     list(unit.evaluations())
     record = {"result": unit.finish(), "refused": refusal(manifest, folder)}
@@ -117,7 +123,7 @@ def plain(tmp_path_factory):
     for name in RECIPES:
         train(manifest, base / f"torch-{name}", f"torch-{name}")
         if name != "batchnorm":
-            train(manifest, base / f"stopped-torch-{name}", f"torch-{name}", STOP)
+            train(manifest, base / f"stopped-torch-{name}", f"torch-{name}", stops=True)
     return base, manifest
 
 

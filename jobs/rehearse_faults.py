@@ -1,0 +1,167 @@
+"""Rehearse the loss of a worker and of a whole run: one training that is killed twice, moved between numbers of workers
+and ZeRO stages, and kept in S3, beside the same training left in peace.
+
+    python jobs/rehearse_faults.py                                       # with an S3 server of its own (SeaweedFS)
+    python jobs/rehearse_faults.py --storage s3://BUCKET/PREFIX          # with yours
+
+1. left in peace: one process, plain torch, on disk
+2. two workers, ZeRO 2, checkpoints in S3; one worker gets SIGKILL and the run goes on by itself; then all of it gets
+   SIGKILL, and this machine's working copy is deleted
+3. continued by one worker, plain torch, until it gets SIGTERM
+4. continued by two workers, ZeRO 3, to its end
+
+Both loss curves are drawn into one figure, with their difference below.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import tyro
+
+from raymed.config import UserError
+from raymed.report.survival import Event, draw_survival
+from raymed.storage import working_copy
+from raymed.tracking.outbox import Outbox
+
+JOB = Path(__file__).with_name("train_classifier.py")
+UNIT = "runs/rehearsal/seed-2023"
+PATIENCE = 600.0  # seconds until a run must have come a step further
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What is rehearsed, and where."""
+
+    storage: str | None = None
+    """s3://BUCKET/PREFIX with nothing in it yet; None = an S3 server on this machine, for as long as this takes."""
+    steps: int = 400
+    """Of the training; faults come at 30, 50 and 75 % of them."""
+    size: int = 32
+    """Side of an image in pixels."""
+    out: Path = Path("rehearsal.png")
+    """The figure."""
+
+
+class Run:
+    """The training in one storage, in processes that are started one after the other."""
+
+    def __init__(self, config: Rehearsal, storage: str, folder: Path, env: dict[str, str]):
+        self.unit, self.env = folder / UNIT, env
+        self.command = [sys.executable, str(JOB), "--name=rehearsal", f"--storage={storage}", "--method=asl"]
+        self.command += [f"--data.preprocess.size={config.size}", "--single.batch-size=32", "--model.norm=group"]
+        self.command += [f"--single.steps={config.steps}", f"--single.evaluations={config.steps // 20}"]
+        self.command += ["--single.optim.lr=3e-4", "--compute.threads=1"]
+
+    def start(self, *flags: str) -> subprocess.Popen:
+        """Begin or go on, in a process group of its own."""
+        print(f"\n$ python jobs/{JOB.name} {' '.join(self.command[2:3])} {' '.join(flags)}", flush=True)
+        return subprocess.Popen([*self.command, *flags], env=self.env, start_new_session=True)
+
+    def reaches(self, step: int, process: subprocess.Popen) -> None:
+        """Return when the training has done so many steps."""
+        until = time.monotonic() + PATIENCE
+        while (done := self.steps_done()) < step:
+            if process.poll() is not None or time.monotonic() > until:
+                raise UserError(f"the training ended or stood still at step {done} of {step}: see its messages above")
+            time.sleep(0.05)
+
+    def steps_done(self) -> int:
+        """As far as its losses are written."""
+        return max(self.losses(), default=0)
+
+    def losses(self) -> dict[int, float]:
+        """Step -> loss, what was repeated after a fault counted once."""
+        records = [r for r in Outbox(self.unit / "tracking.jsonl").records() if r["op"] == "metrics"]
+        return {r["step"]: r["values"]["single/loss"] for r in records if "single/loss" in r["values"]}
+
+
+def rehearse(config: Rehearsal) -> Path:
+    """All of it. Returns the figure's path."""
+    with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch, _bucket(config, Path(scratch)) as (url, env):
+        own = os.environ | env | {"RAYMED_LOCAL": f"{scratch}/local", "RAYMED_HOME": f"{scratch}/home"}
+        os.environ["RAYMED_LOCAL"] = own["RAYMED_LOCAL"]
+        peaceful = Run(config, f"{scratch}/peaceful", Path(scratch, "peaceful"), own)
+        _end(peaceful.start())
+        shaken = Run(config, url, working_copy(url), own)
+        events = _shake(config, shaken)
+        wanted, found = peaceful.losses(), shaken.losses()
+        draw_survival(config.out, wanted, found, events)
+        steps = sorted(wanted)
+        apart = max(abs(found[step] - wanted[step]) / abs(wanted[step]) for step in steps)
+        complete = "every step once" if sorted(found) == steps else "NOT every step"
+        print(f"\n{len(steps)} steps, {complete}; the losses differ by {apart:.1e} at most (relative)", flush=True)
+    return config.out.absolute()
+
+
+def _shake(config: Rehearsal, run: Run) -> list[Event]:
+    """Steps 2 to 4 of the rehearsal; returns what happened when."""
+    events = []
+    two = run.start("--compute.workers=2", "--compute.zero-stage=2")
+    run.reaches(round(0.3 * config.steps), two)
+    worker = _kill(_workers(two)[1:])
+    events.append(Event(run.steps_done(), f"a worker killed (PID {worker})"))
+    run.reaches(round(0.5 * config.steps), two)
+    events.append(Event(run.steps_done(), "the whole run killed, its disk lost"))
+    _kill([*psutil.Process(two.pid).children(recursive=True), psutil.Process(two.pid)])
+    two.wait()
+    shutil.rmtree(run.unit.parents[1])
+    one = run.start("--compute.workers=1")
+    run.reaches(round(0.75 * config.steps), one)
+    one.send_signal(signal.SIGTERM)
+    one.wait(PATIENCE)
+    events.append(Event(run.steps_done(), "stopped"))
+    _end(run.start("--compute.workers=2", "--compute.zero-stage=3"))
+    stages = ("2 workers, ZeRO 2", "2 workers, ZeRO 2", "1 worker, plain", "2 workers, ZeRO 3")
+    return [Event(0, "", stages[0]), *(Event(e.step, e.what, s) for e, s in zip(events, stages[1:], strict=True))]
+
+
+def _workers(driver: subprocess.Popen) -> list[psutil.Process]:
+    """The processes of Ray Train's workers below a driver."""
+    return [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+
+
+def _kill(processes: Sequence[psutil.Process]) -> int:
+    """SIGKILL, and wait until they are dead. Returns the first one's PID."""
+    for process in processes:
+        process.send_signal(signal.SIGKILL)
+    psutil.wait_procs(processes, timeout=60)
+    return processes[0].pid
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.wait() != 0:
+        raise UserError(f"the training ended with exit code {process.returncode}: see its messages above")
+
+
+@contextmanager
+def _bucket(config: Rehearsal, scratch: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    """URL and environment of the storage."""
+    if config.storage:
+        yield config.storage, {}
+        return
+    from raymed.storage.server import BUCKET, S3Server
+
+    server = S3Server(scratch / "s3")
+    os.environ.update(server.env)
+    try:
+        yield f"s3://{BUCKET}/rehearsal", server.env
+    finally:
+        server.kill()
+
+
+if __name__ == "__main__":
+    try:
+        print(f"figure: {rehearse(tyro.cli(Rehearsal, description=__doc__))}", flush=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
