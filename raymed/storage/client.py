@@ -6,6 +6,7 @@ endpoint has not answered for $RAYMED_S3_PATIENCE seconds (600). A part of a lar
 goes on where it was when the server comes back.
 """
 
+import logging
 import os
 import random
 import sys
@@ -53,6 +54,8 @@ def _connect() -> Any:
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
+    for chatty in ("botocore.credentials", "botocore.httpchecksum", "botocore.regions"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)  # Ray's workers print what is meant for debugging
     retries: Any = {"mode": "standard", "total_max_attempts": _ATTEMPTS}
     config = Config(
         retries=retries,

@@ -25,7 +25,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.distributed import all_gather_object, rank
 from raymed.ledger import CHECKPOINT, span
-from raymed.storage import remote_of, write_atomic
+from raymed.storage import exists, is_remote, local_folder_copy, remote_of, working_copy, write_atomic
 from raymed.storage.client import give_up
 from raymed.train.checkpoint_bucket import Bucket
 from raymed.train.checkpoint_files import damaged, read_state, read_tensors, sync, write_folder
@@ -225,6 +225,16 @@ class Checkpoints:
             room = f"it needs {needed / 1e6:.1f} MB and {free / 1e6:.1f} MB are free"
             return UserError(f"{what}: {room}. Make room; {kept}")
         return UserError(f"{what}: {error.strerror or error}. Of the checkpoints before, {kept}")
+
+
+def origin_of(location: str) -> Path:
+    """The checkpoint that a phase may start from, here or brought here: a checkpoint's folder, or the best one of a
+    phase's checkpoints. location: a path, or s3://... Raises UserError where there is nothing."""
+    folder = working_copy(location) if is_remote(location) else Path(location).expanduser()
+    if not exists(folder):
+        raise UserError(f"{location} is not a checkpoint: there is nothing of that name")
+    folder = local_folder_copy(folder)
+    return Checkpoints(folder).find("best") or folder
 
 
 def load_weights(folder: Path, averaged: bool = True) -> dict[str, Tensor]:

@@ -17,8 +17,9 @@ import numpy as np
 from raymed.config import UserError, to_dict
 from raymed.data.dataset import DataSet
 from raymed.data.problems import rows_text
+from raymed.storage import exists, local_copy
 from raymed.tasks.task import Phase
-from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoint import load_weights, origin_of
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed
 from raymed.train.nets import Networks
@@ -37,13 +38,14 @@ def note_trained_on(folder: Path, data: DataSet) -> None:
 def trained_on(source: Path) -> np.ndarray:
     """Sorted content hashes of the images that a checkpoint inside a unit's folder was trained on; empty if unknown."""
     for folder in (source, *source.parents):
-        if (folder / _TRAINED_ON).is_file():
-            return np.load(folder / _TRAINED_ON)
+        if exists(folder / _TRAINED_ON):
+            return np.load(local_copy(folder / _TRAINED_ON))
     return np.empty(0, np.uint64)
 
 
-def refuse_seen(data: DataSet, source: Path) -> None:
-    """Raise UserError where validation or test has a patient of whom the encoder in `source` has seen an image."""
+def refuse_seen(data: DataSet, origin: str) -> None:
+    """Raise UserError where validation or test has a patient of whom the encoder at `origin` has seen an image."""
+    source = origin_of(origin)
     seen = np.unique(data.patients[np.isin(data.content, trained_on(source))])
     for split in ("val", "test"):
         indices = data.splits[split]
@@ -61,7 +63,7 @@ def encoder_features(phase: Phase, data: DataSet, seed: int, compute: Compute, c
 
     phase: one that starts from a checkpoint's encoder (`starts_from`) and keeps it frozen.
     """
-    source = _checkpoint(Path(phase.starts_from["encoder"]))
+    source = origin_of(phase.starts_from["encoder"])
     networks = Networks(phase, seed, compute)
     path = cache / f"features-{_key(networks, source, data, compute)}.npy"
     if not path.is_file():
@@ -73,10 +75,6 @@ def encoder_features(phase: Phase, data: DataSet, seed: int, compute: Compute, c
         np.save(temporary, feed.cached["encoder"].numpy())
         os.replace(temporary, path)
     return np.load(path, mmap_mode="c")
-
-
-def _checkpoint(origin: Path) -> Path:
-    return Checkpoints(origin).find("best") or origin
 
 
 def _key(networks: Networks, source: Path, data: DataSet, compute: Compute) -> str:

@@ -231,7 +231,8 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
         budget = Budget.from_config(config.run.time_budget, config.run.max_gpu_hours, folder)
         stack.callback(budget.save)
         job = Job(kind, config, recipe, name, storage, data, interrupted, tracker, budget, repeat, stack, mirror)
-        print("\n".join([data.summary(), *notes, f"run {name} in {folder}"]), flush=True)
+        place = [] if config.run.plan else [f"run {name} in {folder}"]
+        print("\n".join([data.summary(), *notes, *place]), flush=True)
         try:
             with _started_by_training(job):
                 yield job

@@ -23,7 +23,15 @@ from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger
 from raymed.random import derive
 from raymed.tasks.task import Loss, Phase, Step
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import Checkpoints, Progress, load_memory, load_weights, resume, resume_optimizers
+from raymed.train.checkpoint import (
+    Checkpoints,
+    Progress,
+    load_memory,
+    load_weights,
+    origin_of,
+    resume,
+    resume_optimizers,
+)
 from raymed.train.communication import measured_communication
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, evaluate, shard, values
@@ -254,7 +262,7 @@ class _PhaseRun:
             if found is None:
                 raise UserError(f"{self.phase.name} starts from {origin}, but that phase has no checkpoint")
             return found
-        return Checkpoints(Path(origin)).find("best") or Path(origin)
+        return origin_of(origin)
 
     def _train_step(self, number: int) -> dict[str, Tensor]:
         with span(DATA):

@@ -136,7 +136,7 @@ class _Training:
         self.failures = 1 if group.evaluations else self.failures + 1
         if self.failures >= _FAILURES:
             raise group.error
-        what = f"node lost: {', '.join(lost)}" if lost else _first_line(group.error)
+        what = f"node lost: {', '.join(lost)}" if lost else _what_failed(group.error)
         print(f"{self.unit.name}: {what}; it goes on from the last checkpoint", flush=True)
 
 
@@ -241,9 +241,15 @@ def _unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _first_line(error: BaseException) -> str:
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    return f"{len(failures)} failed ({type(failures[0]).__name__}: {str(failures[0]).strip().splitlines()[0]})"
+def _what_failed(error: BaseException) -> str:
+    """In a line. Where a worker died, the others fail too, in a collective: that is not worth telling."""
+    failures = getattr(error, "worker_failures", {})
+    dead = [str(number) for number, failure in failures.items() if "HealthCheck" in type(failure).__name__]
+    if dead:
+        return f"worker {', '.join(dead)} died"
+    number, failure = next(iter(failures.items()), (None, error))
+    who = "Ray Train" if number is None else f"worker {number}"
+    return f"{who} failed ({type(failure).__name__}: {(str(failure).strip() or 'no message').splitlines()[0]})"
 
 
 def _grow_after() -> float:

@@ -21,7 +21,7 @@ from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.meters import BinaryMeter
-from raymed.storage import Mirror, lock, write_atomic
+from raymed.storage import Mirror, local_copy, lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
@@ -67,7 +67,7 @@ class Unit:
     @property
     def encoder_checkpoint(self) -> Path:
         """Where an encoder unit leaves its encoder."""
-        return Path(json.loads((self.folder / "result.json").read_text())["checkpoint"])
+        return self.folder / json.loads(local_copy(self.folder / "result.json").read_text())["checkpoint"]
 
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, here or on another node, or None while it is not finished."""
@@ -95,7 +95,7 @@ class UnitRun:
         if unit.compute.min_workers:
             phases = tuple(for_world(phase, unit.compute.workers, world_size()) for phase in phases)
         if unit.part == "all" and unit.recipe.two_stage and unit.recipe.supcon.encoder_from:
-            refuse_seen(self.data, Path(unit.recipe.supcon.encoder_from))
+            refuse_seen(self.data, unit.recipe.supcon.encoder_from)
         outbox = unit.outbox if rank() == 0 else None
         frozen = self._features(phases)
         self.fit = Fit(phases, self.data, unit.folder, unit.seed, unit.compute, outbox, interrupted, frozen)
@@ -133,7 +133,8 @@ class UnitRun:
         return result
 
     def _encoder_result(self) -> dict[str, Any]:
-        return {"checkpoint": str(self.fit.checkpoints("supcon").find("best"))}
+        best = self.fit.checkpoints("supcon").find("best")
+        return {"checkpoint": str(best.relative_to(self.unit.folder)) if best else None}
 
     def _scores(self) -> dict[str, Any]:
         recipe, folder = self.unit.recipe, self.unit.folder

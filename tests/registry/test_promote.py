@@ -126,7 +126,7 @@ def test_a_stated_use_need_not_be_said_twice(registered):
         (["--model", "m", "--version", "7", "--intended-use", "x"], "m has no version 7: it has 1, 2"),
         (["--model", "m", "--rollback"], "no version with the alias rollback"),
         (["--model", "m", "--rollback", "--version", "1"], "leave out version"),
-        (["--model", "m", "--bundle", "/nowhere"], "is not a bundle"),
+        (["--model", "m", "--bundle", "/nowhere"], "there is no /nowhere"),
         (["--model", "a/b", "--bundle", "/nowhere"], "must begin with a letter"),
     ],
 )

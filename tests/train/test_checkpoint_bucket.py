@@ -60,7 +60,6 @@ def test_a_pin_made_on_another_machine_while_a_run_saves_is_kept(s3, machine):
     save_all(running, build(), [1], best=1)
     pinned = machine("b").pin("best", "registered as net 1")
     assert pinned.name == "step-000001"
-    machine("a")
     save_all(running, build(), [2, 3], best=3)
     assert there(s3) == ["index.json", "step-000001", "step-000003"]
     assert json.loads(s3.get("checkpoints/tiny/index.json"))["pinned"] == {"step-000001": "registered as net 1"}
@@ -115,15 +114,15 @@ def save_for_ever(folder: Path, saved) -> None:
 
 
 def test_killed_at_any_moment_of_an_upload_another_machine_finds_a_whole_one(s3, machine):
-    draw, told = random.Random(9), 0
-    for turn in range(4):
+    draw, told, halves = random.Random(9), 0, 0
+    for turn in range(6):
         folder = machine(f"killed-{turn % 2}").folder
         reader, writer = FORK.Pipe(duplex=False)
         child = FORK.Process(target=save_for_ever, args=(folder, writer))
         child.start()
-        assert reader.recv() > told
-        started, told = time.monotonic(), reader.recv()
-        time.sleep(draw.random() * (time.monotonic() - started))  # some moment of the next save: not waited for, drawn
+        told, arrived, deadline = reader.recv(), draw.randint(1, len(FILES) + 1), time.monotonic() + 60
+        while files_of(s3, told + 1) < arrived and time.monotonic() < deadline:
+            told = reader.recv() if reader.poll() else told
         os.kill(child.pid, signal.SIGKILL)
         child.join()
         while reader.poll():
@@ -131,6 +130,12 @@ def test_killed_at_any_moment_of_an_upload_another_machine_finds_a_whole_one(s3,
         found = machine(f"fresh-{turn}").find("last")
         assert int(found.name[-6:]) in (told, told + 1)
         check_whole(found, int(found.name[-6:]))
+        halves += 0 < files_of(s3, told + 1) <= len(FILES)
+    assert halves >= 1  # else every kill came between two uploads
+
+
+def files_of(s3, step: int) -> int:
+    return sum(f"/step-{step:06d}/" in key for key in s3.keys())
 
 
 def test_training_goes_on_while_the_server_is_stopped(s3, machine):

@@ -1,5 +1,7 @@
 """The average of weights against its closed form."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -47,6 +49,29 @@ def test_swapping_in_gives_the_weights_back_bit_for_bit():
     assert module[0].weight is kept
     for name, value in module.state_dict().items():
         assert torch.equal(value, own[name])
+
+
+def test_a_loaded_average_goes_on_as_if_it_had_been_there():
+    module = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    module[1].bias.requires_grad_(False)
+    average = Average(module, Ema(0.9))
+
+    def move() -> None:
+        with torch.no_grad():
+            module[0].weight.mul_(1.5)
+        average.update()
+
+    move()
+    with average.swapped_in():
+        saved = {name: value.clone() for name, value in module.state_dict().items()}  # buffers and frozen ones too
+    twin = Average(copy.deepcopy(module), Ema(0.9))
+    twin.load(saved, average.updates)
+    twin.parameters = average.parameters
+    move()
+    twin.update()
+    assert twin.updates == 2 and twin.shadow.keys() == average.shadow.keys()
+    assert all(torch.equal(twin.shadow[name], shadow) for name, shadow in average.shadow.items())
+    assert not torch.equal(twin.shadow["0.weight"], saved["0.weight"])
 
 
 def test_range():

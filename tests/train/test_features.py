@@ -76,7 +76,7 @@ def test_a_head_is_refused_on_patients_that_its_encoder_was_trained_on(manifest,
     with pytest.raises(UserError, match=r"was trained on patients of the val split \(.*scores there would be too good"):
         train_unit(unit)
     assert not (unit.folder / "result.json").exists() and not list(unit.cache.glob("features-*.npy"))
-    refuse_seen(data, encoder.encoder_checkpoint)  # its own split
+    refuse_seen(data, str(encoder.encoder_checkpoint))  # its own split
 
 
 def test_one_seen_image_makes_its_patient_seen(encoder, data):
@@ -87,7 +87,7 @@ def test_one_seen_image_makes_its_patient_seen(encoder, data):
         {"train": train[data.patients[train] != data.patients[twin]], "val": np.sort([*val, twin]), "test": test}
     )
     with pytest.raises(UserError, match=f"row {data.rows[twin]}|rows? .*{data.rows[twin]}"):
-        refuse_seen(moved, encoder.encoder_checkpoint)
+        refuse_seen(moved, str(encoder.encoder_checkpoint))
 
 
 def test_the_map_cannot_change_the_file(manifest, encoder, tmp_path):

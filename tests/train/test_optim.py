@@ -8,7 +8,7 @@ from torch import nn
 
 from raymed.config import UserError
 from raymed.tasks.task import Optim
-from raymed.train.optim import build_optimizer, schedule, set_schedule, total_norm
+from raymed.train.optim import build_optimizer, clip_gradients, schedule, set_schedule, total_norm
 
 
 @pytest.mark.parametrize(("steps", "warmup", "momentum"), [(100, 0.25, 0.9), (40, 0.3, 0.95), (7, 0.5, 0.9)])
@@ -98,6 +98,16 @@ def test_momentum_zero_is_plain_sgd():
 
 def test_total_norm():
     assert total_norm([torch.tensor([3.0, 0.0]), torch.tensor([[4.0]]), torch.tensor(12.0)]).item() == 13.0
+
+
+def test_clipping_scales_all_gradients_together_and_leaves_small_ones():
+    moved, scalar, still = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.tensor(0.0)), nn.Parameter(torch.zeros(3))
+    for largest, scale in ((1.0, 1 / 5), (10.0, 1.0), (None, 1.0)):
+        moved.grad, scalar.grad = torch.tensor([3.0, 0.0]), torch.tensor(-4.0)
+        assert clip_gradients([moved, scalar, still], largest).item() == 5.0
+        torch.testing.assert_close(moved.grad, torch.tensor([3.0 * scale, 0.0]))
+        torch.testing.assert_close(scalar.grad, torch.tensor(-4.0 * scale))
+    assert still.grad is None
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ STAGES = {f"zero{stage}": {"zero_stage": stage} for stage in range(4)}
 OFFLOADED = {f"zero{stage}-offload": {"zero_stage": stage, "offload": True} for stage in (2, 3)}
 COMPUTES = {"torch": {"engine": "torch"}} | STAGES | OFFLOADED | {"zero3-whole": {"zero_stage": 3}}
 """At zero3 all parameters are in pieces; at zero3-whole all are small enough to stay whole between steps."""
+BF16 = ["torch", *STAGES]
 CHAIN = ["zero2", "zero3", "zero1", "zero3-offload", "zero2-offload", "zero0", "zero3-whole", "torch"]
 """What one run with AdamW goes through, a step each, after two steps of one plain process and before two more."""
 TWICE = ["torch", "zero0", "zero1", "zero2", "zero2-offload"]
@@ -232,7 +233,8 @@ def worker(number: int, folder: Path) -> None:
     """One of two processes: all cases."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=number, world_size=2)
-    results: dict = {(name, p): table(name, p) for name in COMPUTES for p in ("fp32", "bf16")}
+    results: dict = {(name, "fp32"): table(name, "fp32") for name in COMPUTES}
+    results |= {(name, "bf16"): table(name, "bf16") for name in BF16}
     results["chain"] = chain(folder, torch.load(folder / "begun.pt", weights_only=False))
     results["twice"] = {name: twice(name) for name in TWICE}
     results["ahead"] = {name: ahead(name) for name in COMPUTES}
@@ -299,7 +301,7 @@ def test_fp32_is_the_plain_run(workers, plain, name):
     assert workers[1][name, "fp32"].weights == [{}] * STEPS and workers[1][name, "fp32"].optimizer == {}
 
 
-@pytest.mark.parametrize("name", COMPUTES)
+@pytest.mark.parametrize("name", BF16)
 def test_bf16_is_autocast_over_fp32_weights(workers, plain, name):
     ours, single, exact = workers[0][name, "bf16"], plain["tables"]["bf16"], plain["tables"]["fp32"]
     assert ours.dtypes == {torch.bfloat16}
