@@ -1,0 +1,254 @@
+"""What the tests of faults share: a job that a fault can strike at a seeded step, and what must hold when it is over.
+
+The job is `train_classifier` on small phantoms, started as a user starts it. What it is measured by is the same job in
+one plain process that nothing disturbs.
+"""
+
+import json
+import os
+import random
+import runpy
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from nodes import Driver, Node, wait_for
+
+from raymed.data.phantoms import write_hsg
+from raymed.tracking.mlflow import resolve_uri
+from raymed.tracking.outbox import Outbox, read
+from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoint_files import read_state, read_tensors
+from raymed.train.checkpoint_index import step_of
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_classifier.py"
+STEPS = 360  # unless a test says otherwise
+EVALUATIONS = 6  # and as many checkpoints
+PATIENCE = 300.0  # seconds for whatever a busy machine may take long for
+MARK = "TEST_OF_FAULTS"
+TWO = "--compute.workers=2"
+_FLAGS = (
+    "--name=run --method=asl --data.positive=occluded --data.deidentified --data.preprocess.size=16 --model.norm=group "
+    f"--single.evaluations={EVALUATIONS} --single.batch-size=16 --single.accumulate=2 "
+    "--single.optim.name=sgd --single.optim.lr=1e-2 --single.optim.clip=0.02 --compute.threads=1"
+).split()  # gentle: with more, the last bit of a sum grows a hundredfold
+
+
+@dataclass(frozen=True)
+class Training:
+    """The job in one storage.
+
+    url: that of the storage where it is a bucket; `storage` is its working copy then.
+    """
+
+    storage: Path
+    manifest: Path
+    url: str | None = None
+    flags: Sequence[str] = (TWO,)
+    steps: int = STEPS
+
+    @property
+    def every(self) -> int:
+        """Steps between two checkpoints."""
+        return self.steps // EVALUATIONS
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of its command."""
+        own = [f"--storage={self.url or self.storage}", f"--data.manifest={self.manifest}"]
+        return [*_FLAGS, f"--single.steps={self.steps}", *own, *self.flags]
+
+    @property
+    def unit(self) -> Path:
+        """The folder of its only unit."""
+        return self.storage / "runs" / "run" / "seed-2023"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.unit / "checkpoints" / "single"
+
+    @property
+    def outbox(self) -> Path:
+        """What it tells the tracker."""
+        return self.unit / "tracking.jsonl"
+
+    def here(self) -> None:
+        """Run it in this process."""
+        threads = torch.get_num_threads()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", [JOB.name, *self.arguments])
+            runpy.run_path(str(JOB), run_name="__main__")
+        torch.set_num_threads(threads)
+
+    def start(self, folder: Path, **environment: str) -> Driver:
+        """Run it in processes of its own; what it says is added to folder/driver.log."""
+        path = folder / "driver.log"
+        with path.open("a") as log:
+            words = [sys.executable, str(JOB), *self.arguments]
+            env = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"OMP_NUM_THREADS": "1"} | environment
+            process = subprocess.Popen(words, env=env, stdout=log, stderr=log, start_new_session=True)
+        return Driver(process, path, path.stat().st_size)
+
+    def losses(self) -> dict[int, float]:
+        """Step -> loss, as they count now."""
+        records = [record for record in Outbox(self.outbox).records() if _is_loss(record)]
+        steps = [record["step"] for record in records]
+        assert len(steps) == len(set(steps)), "a step counts twice"
+        return {record["step"]: record["values"]["single/loss"] for record in records}
+
+    def reaches(self, step: int, driver: Driver | None = None) -> None:
+        """Wait until it has done so many steps; where `driver` is given, that must not end before."""
+        ended = driver.process.poll if driver else lambda: None
+        said = driver.said if driver else str
+        wait_for(lambda: max(self.losses(), default=0) >= step or ended() is not None, PATIENCE, f"step {step}{said()}")
+        assert ended() is None, f"it ended before step {step}:\n{said()}"
+
+    def saved(self) -> int:
+        """The step of its last whole checkpoint; -1 where there is none."""
+        last = Checkpoints(self.checkpoints).find("last")
+        return step_of(last.name) if last else -1
+
+
+def images(factory: pytest.TempPathFactory) -> Path:
+    """The manifest of the phantoms of all these tests."""
+    folder = factory.getbasetemp() / "faults"
+    return write_hsg(folder / "images", num_patients=24, size=32)
+
+
+def undisturbed(factory: pytest.TempPathFactory, steps: int = STEPS) -> Training:
+    """The run that nothing disturbs, in one plain process; trained once for all tests."""
+    training = Training(factory.getbasetemp() / "faults" / f"undisturbed-{steps}", images(factory), None, (), steps)
+    if not (training.unit / "result.json").exists():
+        training.here()
+    return training
+
+
+def fault_step(scenario: str, steps: int = STEPS) -> int:
+    """The step at which a fault comes: random, the same every time; after the first checkpoint."""
+    every = steps // EVALUATIONS
+    return random.Random(scenario).randrange(every + 1, steps - 2 * every)
+
+
+def kill(process: psutil.Process) -> None:
+    """SIGKILL, and see that it is dead."""
+    process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs([process], timeout=60)
+    assert not alive, f"{process} has survived SIGKILL"
+
+
+def marked(mark: str) -> list[psutil.Process]:
+    """Processes that inherited MARK=mark, at whatever depth."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+    return found
+
+
+def at_work(node: Node) -> list[psutil.Process]:
+    """The actors and tasks that run on a node."""
+    return [p for name in ("RayTrainWorker", "TrainController", "Desk") for p in node.workers(name)]
+
+
+def check_survived(
+    training: Training, factory: pytest.TempPathFactory, beginnings: int = 0, saved: int | None = None
+) -> None:
+    """It is what the undisturbed run is, it repeated as little as it may, and it left nothing half-written.
+
+    beginnings: how often it began again. saved: the step of the last whole checkpoint before the fault.
+    """
+    _check_equal(training, undisturbed(factory, training.steps))
+    _check_repeats(training, beginnings, saved)
+    check_whole(training)
+
+
+def _check_equal(ours: Training, expected: Training) -> None:
+    """Losses, weights and scores are the same."""
+    losses, wanted = ours.losses(), expected.losses()
+    assert list(losses) == list(wanted) == list(range(1, ours.steps + 1))
+    assert max(abs(losses[step] - wanted[step]) / abs(wanted[step]) for step in wanted) < 1e-5
+    a, b = (_vector(training) for training in (ours, expected))
+    assert ((a - b).norm() / b.norm()).item() < 1e-5
+    results = [json.loads((training.unit / "result.json").read_text()) for training in (ours, expected)]
+    for split in ("val", "test"):
+        assert results[0][split]["auroc"] == results[1][split]["auroc"]
+
+
+def _check_repeats(training: Training, beginnings: int, saved: int | None) -> None:
+    """Each time at most one interval was repeated, and half of one in which a save may still have been in flight, and
+    Ray had not looked at its workers."""
+    rewinds = list(_rewinds(training.outbox))
+    assert len(rewinds) == beginnings, rewinds
+    for step, lost in rewinds:
+        assert lost <= 1.5 * training.every, f"{lost} steps after step {step} were repeated"
+        assert saved is None or step >= saved, f"there was a checkpoint of step {saved}, and it went on from {step}"
+
+
+def check_whole(training: Training) -> None:
+    """Every checkpoint that is named can be read, and nothing else is there."""
+    index = json.loads((training.checkpoints / "index.json").read_text())
+    names = {index["last"], index["best"], *index["recent"], *index["pinned"]}
+    assert {path.name for path in training.checkpoints.iterdir()} == names | {"index.json"}
+    for name in names:
+        state = read_state(training.checkpoints / name)
+        assert {path.name for path in (training.checkpoints / name).iterdir()} == {*state["sha256"], "state.json"}
+        for file in state["sha256"]:
+            assert read_tensors(training.checkpoints / name, file, state)
+    half = [path for path in training.storage.rglob("*") if path.name.endswith(".tmp") or ".step-" in path.name]
+    assert not half
+
+
+def check_tracked(training: Training, uri: str | None = None) -> None:
+    """MLflow has the job and its unit once, ended, with every step once and with what they left."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=resolve_uri(uri, training.storage))
+    experiment = client.get_experiment_by_name("raymed")
+    runs = client.search_runs([experiment.experiment_id])
+    assert sorted((run.info.run_name, run.info.status) for run in runs) == [
+        ("run", "FINISHED"),
+        ("seed-2023", "FINISHED"),
+    ]
+    unit = next(run for run in runs if run.info.run_name == "seed-2023")
+    points = client.get_metric_history(unit.info.run_id, "single/loss")
+    assert [point.step for point in points] == list(range(1, training.steps + 1))
+    assert [point.value for point in points] == pytest.approx(list(training.losses().values()), rel=1e-5)
+    scored = client.get_metric_history(unit.info.run_id, "val/auroc")
+    assert [point.step for point in scored] == list(range(training.every, training.steps + 1, training.every))
+    result = json.loads((training.unit / "result.json").read_text())
+    assert unit.data.metrics["final/test/auroc"] == result["test"]["auroc"]
+    assert {file.path for file in client.list_artifacts(unit.info.run_id)} >= {"bundle", "predictions.npz"}
+
+
+def _rewinds(outbox: Path) -> Iterator[tuple[int, int]]:
+    """Every new beginning: the step it goes on from, and how many steps were already done after that one."""
+    done = 0
+    begun = False
+    for record, _ in read(outbox):
+        if record["op"] == "rewind":
+            if begun:
+                yield record["step"], done - record["step"]
+            done, begun = record["step"], True
+        elif _is_loss(record):
+            done = record["step"]
+
+
+def _is_loss(record: dict) -> bool:
+    return record["op"] == "metrics" and "single/loss" in record["values"]
+
+
+def _vector(training: Training) -> torch.Tensor:
+    """All last weights."""
+    last = Checkpoints(training.checkpoints).find("last")
+    assert last
+    weights = load_weights(last, averaged=False)
+    return torch.cat([weights[name].double().flatten() for name in sorted(weights)])

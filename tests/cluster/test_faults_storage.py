@@ -1,0 +1,106 @@
+"""What checkpoints are kept in fails: an S3 server in the middle of an upload, and a disk that is full."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from faults import (
+    JOB,
+    PATIENCE,
+    Training,
+    at_work,
+    check_survived,
+    check_tracked,
+    check_whole,
+    fault_step,
+    images,
+)
+from nodes import Nodes, wait_for
+
+from raymed.storage import working_copy
+from raymed.train.checkpoint_index import Index
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+CHECKPOINTS = "runs/run/seed-2023/checkpoints/single"
+
+
+@pytest.fixture(scope="module")
+def nodes(tmp_path_factory):
+    """A cluster of one node with two CPUs."""
+    with Nodes(tmp_path_factory.mktemp("cluster"), cpus=2) as nodes:
+        yield nodes
+
+
+def test_the_s3_server_is_killed_in_an_upload(nodes, s3, tmp_path_factory):
+    """It is frozen, so that the next upload does not end, then killed, and restarted when training has gone on."""
+    training = Training(working_copy(s3.url), images(tmp_path_factory), s3.url)
+    driver = nodes.driver(JOB, *training.arguments, **s3.env)
+
+    def there() -> Index:
+        return Index.parse(s3.get(f"{CHECKPOINTS}/index.json")) or Index()
+
+    training.reaches(fault_step("s3"), driver)
+    wait_for(lambda: there().step == training.saved(), PATIENCE, "a checkpoint in the bucket")
+    before = training.saved()
+    s3.pause()
+    wait_for(lambda: training.saved() > before, PATIENCE, "the next checkpoint")
+    during = training.saved()
+    s3.kill()
+    training.reaches(during + training.every // 2, driver)  # it does not wait for the upload
+    s3.restart()
+    assert there().step == before, "the upload was over before the server died"
+
+    assert driver.wait(PATIENCE) == 0, driver.said()
+    assert "does not answer" in driver.said() and "Traceback" not in driver.said()
+    wait_for(lambda: not at_work(nodes.head), PATIENCE, "the actors go")
+    check_survived(training, tmp_path_factory)
+    check_tracked(training)
+    kept = {name for name in s3.keys() if name.startswith(CHECKPOINTS)}
+    here = {f"{CHECKPOINTS}/{path.relative_to(training.checkpoints)}" for path in training.checkpoints.glob("**/*.*")}
+    here = {name for name in here if Path(name).suffix in (".json", ".safetensors")}
+    assert kept == here and there().step == training.saved()
+    for name in kept:
+        assert s3.get(name) == (training.storage / name).read_bytes()
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A storage in which the folder of the unit is a disk of 64 MB."""
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a small disk needs root")
+    unit = tmp_path / "storage" / "runs" / "run" / "seed-2023"
+    unit.mkdir(parents=True)
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "none", unit]).returncode:
+        pytest.skip("this root may not mount a file system")
+    yield tmp_path / "storage"
+    subprocess.run(["umount", "-l", unit], check=True)
+
+
+def test_the_disk_is_full_at_a_checkpoint(nodes, small_disk, tmp_path_factory):
+    """One message, nothing half-written; when there is room again the same command finishes."""
+    training = Training(small_disk, images(tmp_path_factory))
+    driver = nodes.driver(JOB, *training.arguments)
+
+    training.reaches(fault_step("disk"), driver)
+    size = sum(path.stat().st_size for path in next(training.checkpoints.glob("step-*")).iterdir())
+    ballast, saved = training.unit / "ballast", training.saved()
+    with ballast.open("wb") as file:  # half a checkpoint still fits, and what the run says
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(training.unit).free - size // 2)
+
+    assert driver.wait(PATIENCE) == 2, driver.said()
+    errors = [line for line in driver.said().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in driver.said(), driver.said()
+    assert f"cannot be written to {training.checkpoints}: it needs " in errors[0]
+    assert "Make room; step-" in errors[0] and "the same command goes on from it" in errors[0]
+    wait_for(lambda: not at_work(nodes.head), PATIENCE, "the actors go")
+    check_whole(training)
+    assert training.saved() >= saved
+    saved = training.saved()
+
+    ballast.unlink()
+    again = nodes.driver(JOB, *training.arguments)
+    assert again.wait(PATIENCE) == 0, again.said()
+    check_survived(training, tmp_path_factory, 1, saved)
+    check_tracked(training)

@@ -1,0 +1,43 @@
+"""What the driver's environment says of S3, MLflow and the network holds on every node."""
+
+import json
+from pathlib import Path
+
+import pytest
+from nodes import Nodes
+
+from raymed.train.cluster import interface_of
+
+pytestmark = pytest.mark.ray
+DRIVER = """
+import json, os
+import ray
+from raymed.train.cluster import connected
+
+with connected():
+    address = ray.util.get_node_ip_address()
+    seen = ray.get(ray.remote(num_cpus=1)(lambda: dict(os.environ)).remote())
+    print(json.dumps({"address": address, **seen}), flush=True)
+"""
+
+
+def test_settings_reach_workers_of_a_cluster_that_was_started_without_them(tmp_path):
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    given = {"AWS_ENDPOINT_URL": "http://127.0.0.1:1", "MLFLOW_TRACKING_URI": "http://127.0.0.1:2"}
+    with Nodes(tmp_path / "cluster") as nodes:
+        driver = nodes.driver(script, MLFLOW_RUN_ID="of one run", RAYMED_LOCAL="/here", **given)
+        assert driver.wait() == 0, driver.said()
+        seen = json.loads(driver.said().strip().splitlines()[-1])
+        own = nodes.driver(script, GLOO_SOCKET_IFNAME="ib0")
+        assert own.wait() == 0, own.said()
+
+    assert seen.items() >= given.items() and seen["RAYMED_LOCAL"] == "/here"
+    assert "MLFLOW_RUN_ID" not in seen, "every worker would log to one run"
+    assert seen["GLOO_SOCKET_IFNAME"] == interface_of(seen["address"])
+    assert json.loads(own.said().strip().splitlines()[-1])["GLOO_SOCKET_IFNAME"] == "ib0"
+
+
+def test_the_interface_of_an_address():
+    assert interface_of("127.0.0.1") in [path.name for path in Path("/sys/class/net").iterdir()]
+    assert interface_of("203.0.113.77") is None
