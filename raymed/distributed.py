@@ -4,6 +4,7 @@ Every function is the identity without an initialised process group, and in one 
 runs in a plain script. They use gloo on the CPU and NCCL on GPUs, whichever the group was made with.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -73,13 +74,13 @@ def all_gather_object(obj: T) -> list[T]:
     return objects
 
 
-def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether the flag is true on any rank. device: where the group communicates."""
-    flags = torch.tensor(float(flag), device=device)
+def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]:
+    """The largest of each of these numbers over the ranks. device: where the group communicates."""
+    largest = torch.tensor([float(value) for value in values], device=device)
     if world_size() > 1:
         with span(COMMUNICATION):
-            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
-    return bool(flags.item())
+            dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
 
 
 class _AllGather(torch.autograd.Function):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from raymed.config import UserError, check_choice
 from raymed.models.norm import use_global_batchnorm, use_groupnorm
 from raymed.models.resnet import ResNetSmall
+from raymed.storage import is_remote, local_copy
 
 BUILT_IN = "resnet_small"
 HUB_TIMEOUT = 5.0  # seconds
@@ -135,7 +136,7 @@ def _weights_file(config: EncoderConfig) -> Path | None:
         return None
     if config.weights == "pretrained":
         return _placed_file(config.backbone) if _placed_file(config.backbone).is_file() else None
-    return Path(config.weights).expanduser()
+    return local_copy(config.weights if is_remote(config.weights) else Path(config.weights).expanduser())
 
 
 def _placed_file(backbone: str) -> Path:

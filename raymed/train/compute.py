@@ -38,6 +38,10 @@ class Compute:
     """bf16: fp32 weights, forward pass under autocast."""
     compile: bool = False
     """torch.compile the networks in training (torch engine)."""
+    keep_checkpoints: int = 1
+    """Last checkpoints that are kept, beside the best and the registered ones."""
+    checkpoint_minutes: float = 10.0
+    """Longest time between two checkpoints; every evaluation saves one too."""
     channels_last: bool = True
     """Convolutions in NHWC memory order: 20 to 40 % faster on CPUs. With the torch engine and at ZeRO stage 0; stages 1
     to 3 keep the weights of a network in training flat, in NCHW order."""
@@ -57,6 +61,8 @@ class Compute:
         check_choice("compute.precision", self.precision, ("fp32", "bf16"))
         check_choice("compute.device", self.device, ("auto", "cpu", "cuda"))
         check_range("compute.cpus_per_worker", self.cpus_per_worker, 1)
+        check_range("compute.keep_checkpoints", self.keep_checkpoints, 1)
+        check_range("compute.checkpoint_minutes", self.checkpoint_minutes, 0, low_open=True)
         if self.resolved_engine(self.workers) == "torch":
             for name in ("zero_stage", "network_stages", "offload"):
                 if getattr(self, name):

@@ -44,7 +44,8 @@ class StepCost:
     """On a GPU the most that torch had allocated; on the CPU the most this process had resident, Python and libraries
     included, as a worker has them too."""
     disk_bytes: int
-    """The checkpoints `last` and `best`: weights, averages and the optimiser's state."""
+    """The checkpoints: the best, the last ones and the one being written: weights, averages and the optimiser's
+    state."""
     device: str
     """cpu or cuda."""
     workers: int = 1
@@ -104,7 +105,7 @@ class _Trial:
             evaluation_seconds=self._seconds(run.score) * self.num_val / len(run.few) / run.compute.workers,
             setup_seconds=setup,
             peak_bytes=peak.bytes,
-            disk_bytes=2 * _checkpoint_bytes(run.networks),
+            disk_bytes=(2 + run.compute.keep_checkpoints) * _checkpoint_bytes(run.networks),
             device=run.device.type,
             workers=run.compute.workers,
             activation_bytes=activations,

@@ -91,7 +91,8 @@ class Job:
     """Closed at the end of the job."""
     mirror: Mirror | None
     """Keeps the folder in step with its bucket, where the storage has one."""
-    children: list[Outbox] = field(default_factory=list)
+    children: list[tuple[Outbox, int]] = field(default_factory=list)
+    """Of its trainings, each with its size when it was found."""
     costs: dict[str, StepCost] = field(default_factory=dict)
     """Of the phases, as far as they were measured."""
     is_started: bool = False
@@ -129,7 +130,7 @@ class Job:
                 return
             _write_claim(self)
             _open_run(self)
-            for outbox in self.children:
+            for outbox, _ in self.children:
                 self.tracker.follow(outbox.path)
             if self.mirror:
                 self.mirror.follow(pulled=["**/tracking.jsonl"])  # of workers on other nodes
@@ -141,8 +142,8 @@ class Job:
         return self.interrupted() or self.budget.exhausted() is not None
 
     def has_trained(self) -> bool:
-        """Whether some training of this run has begun, now or in an earlier process."""
-        return any(outbox.path.exists() for outbox in list(self.children))
+        """Whether some training of this run has begun, or gone on, since this process has it."""
+        return any(_size(outbox) > size for outbox, size in list(self.children))
 
     def unit(self, name: str, seed: int, recipe: ClassifierRecipe | None = None, part: Any = "all") -> Unit:
         """A training that belongs to this run, in a folder of that name; the tracker follows it."""
@@ -163,7 +164,7 @@ class Job:
     def follow(self, outbox: Outbox) -> None:
         """Upload what this outbox holds and will hold."""
         with self._lock:
-            self.children.append(outbox)
+            self.children.append((outbox, _size(outbox)))
             if self.is_started:
                 self.tracker.follow(outbox.path)
 
@@ -183,7 +184,7 @@ class Job:
         write_summary(path, self.kind, to_dict(self.config), figures, mlflow=mlflow, paths=kept, **extra)
         outbox.artifact(path)
         outbox.close("FINISHED")
-        for child in self.children:  # what a used up budget has cut off
+        for child, _ in self.children:  # what a used up budget has cut off
             if child.status() == "RUNNING":
                 child.close("KILLED")
         return path
@@ -224,6 +225,7 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
         if mirror:
             mirror.pull()
             stack.callback(mirror.close)
+            _refuse_remains(folder, mirror)
         stack.callback(_discard_unstarted, folder, storage)
         _check_claim(folder, name, kind, config)
         interrupted = stack.enter_context(_listen())
@@ -242,6 +244,10 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
             raise
 
 
+def _size(outbox: Outbox) -> int:
+    return outbox.path.stat().st_size if outbox.path.exists() else 0
+
+
 def _name(kind: str, config: Any, repeat: Repeat | None) -> str:
     if repeat is None:
         return config.run.name or f"{kind}-{config_hash(config, _NOT_IDENTITY)[:8]}"
@@ -256,7 +262,10 @@ def _started_by_training(job: Job) -> Iterator[None]:
     over = threading.Event()
 
     def watch() -> None:
-        while not over.wait(_PERIOD):
+        while not over.wait(_PERIOD if job.mirror is None else 10 * _PERIOD):
+            if job.mirror:  # workers may be on other nodes
+                with suppress(UserError):
+                    job.mirror.pull(["**/tracking.jsonl"])
             if job.has_trained():
                 return job.start()
 
@@ -299,7 +308,7 @@ def _open_run(job: Job) -> None:
 
 
 def _close_runs(job: Job, status: Any) -> None:
-    for outbox in [job.outbox, *job.children]:
+    for outbox in [job.outbox, *(child for child, _ in job.children)]:
         records = outbox.records()
         if records and not any(r["op"] == "close" for r in records[-1:]):
             outbox.close(status)
@@ -313,6 +322,14 @@ def _write_claim(job: Job) -> None:
     path = job.folder / "config.json"
     if not path.is_file():
         write_atomic(path, json.dumps(_claim(job.kind, job.config), indent=2) + "\n")
+
+
+def _refuse_remains(folder: Path, mirror: Mirror) -> None:
+    """Raise UserError where somebody has removed a run from its bucket: what is left here must not go on as it."""
+    if not (folder / "config.json").is_file() and any(folder.rglob("checkpoints")):
+        raise UserError(
+            f"{mirror.url} is gone, but {folder} still holds its checkpoints: remove that too to begin anew"
+        )
 
 
 def _check_claim(folder: Path, name: str, kind: str, config: Any) -> None:
@@ -355,7 +372,7 @@ def _listen() -> Iterator[Callable[[], bool]]:
         return
 
     def ask(number: int, frame: Any) -> None:
-        if asked.is_set():
+        if asked.is_set() and number == signal.SIGINT:
             raise Interrupted
         asked.set()
         print("stopping after this step; the state is saved (once more to stop at once)", file=sys.stderr, flush=True)

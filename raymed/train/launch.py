@@ -37,8 +37,8 @@ def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
     from raymed.train.ray_train import train_with_workers
 
     with connected():
-        announce(job, [units])
         check_cluster(job)
+        announce(job, [units])
         return all(unit.result() is not None or train_with_workers(unit, job.budget, job.interrupted) for unit in units)
 
 

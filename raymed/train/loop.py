@@ -18,7 +18,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.sampling import BalancedSampler, RandomSampler
-from raymed.distributed import any_rank, rank, world_size
+from raymed.distributed import rank, world_size
 from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger, span
 from raymed.random import derive
 from raymed.tasks.task import Loss, Phase, Step
@@ -37,9 +37,8 @@ from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, evaluate, shard, values
 from raymed.train.memory import OutOfMemory, give_up, halved, noticed, release
 from raymed.train.nets import Networks
+from raymed.train.pulse import FLUSH, Pulse
 from raymed.train.timing import timing
-
-_FLUSH = 10  # steps between two looks at the losses: each costs a synchronisation
 
 
 class Interrupted(KeyboardInterrupt):
@@ -78,8 +77,8 @@ class Fit:
     outbox: Outbox | None = None
     """Where rank 0 writes losses and metrics."""
     interrupted: Callable[[], bool] = field(default=lambda: False)
-    """Asked after every step, with several workers after every tenth and on all of them: one that says yes stops all,
-    and what they have is saved."""
+    """Asked after every step, or with several workers on all of them from time to time (`Pulse`): one that says yes
+    stops all, and what they have is saved."""
     frozen: dict[str, Tensor] | None = None
     """What the untrained networks say of all images, where it is known already; None = computed where a phase asks."""
 
@@ -119,7 +118,7 @@ class Fit:
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """The checkpoints of a phase."""
-        return Checkpoints(self.folder / "checkpoints" / phase)
+        return Checkpoints(self.folder / "checkpoints" / phase, self.compute.keep_checkpoints)
 
     def best(self) -> tuple[Networks, Feed]:
         """The last phase's networks at its best checkpoint (averages in place), and batches for them. Collective."""
@@ -219,11 +218,13 @@ class _PhaseRun:
         if last:
             resume_optimizers(self.networks, last, self.progress)
         self.feed = self.fit.feed(self.phase, self.networks)
-        curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step)
+        curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step, self.feed.device)
+        pulse = Pulse(self.fit.interrupted, self.fit.compute.checkpoint_minutes, self.feed.device)
         while not self.progress.finished:
             with self.ledger.active(), measured_communication() if world_size() > 1 else nullcontext():
-                stop = self._train_on(curve)
+                stop = self._train_on(curve, pulse)
                 scored = self._evaluate(curve) if self._is_due() else self._save_unscored(curve)
+            pulse.saved()
             if scored:
                 yield self._evaluation(scored, self.ledger.take(), curve)
             if stop:
@@ -231,23 +232,18 @@ class _PhaseRun:
                 raise Interrupted
         self.checkpoints.wait()
 
-    def _train_on(self, curve: "_Curve") -> bool:
-        """Steps up to the next evaluation, or until the fit is to stop; returns whether it is."""
+    def _train_on(self, curve: "_Curve", pulse: Pulse) -> bool:
+        """Steps up to the next evaluation, or to a checkpoint before it; returns whether the fit is to stop."""
         while True:
             with noticed(self.phase, self.progress.step):
                 curve.add(self._train_step(self.progress.step))
             self.progress.step += 1
-            stop = self._is_to_stop()
-            if stop or self._is_due():
+            stop, save = pulse.after_step()
+            if stop or save or self._is_due():
                 return stop
 
     def _is_due(self) -> bool:
         return self.phase.evaluates_after(self.progress.step - 1)
-
-    def _is_to_stop(self) -> bool:
-        if world_size() == 1:
-            return self.fit.interrupted()
-        return self.progress.step % _FLUSH == 0 and any_rank(self.fit.interrupted(), self.feed.device)
 
     def _begin(self) -> Progress:
         for part, origin in self.phase.starts_from.items():
@@ -316,8 +312,8 @@ class _PhaseRun:
 class _Curve:
     """Per-step values, averaged over the workers and written down a few steps at a time."""
 
-    def __init__(self, phase: str, first_step: int, outbox: Outbox | None, done: int):
-        self.phase, self.first_step, self.done = phase, first_step, done
+    def __init__(self, phase: str, first_step: int, outbox: Outbox | None, done: int, device: torch.device):
+        self.phase, self.first_step, self.done, self.device = phase, first_step, done, device
         self.outbox = outbox if rank() == 0 else None
         self.pending: list[dict[str, Tensor]] = []
         self.last_loss = math.nan
@@ -335,15 +331,14 @@ class _Curve:
             self.flush()
         self.pending.append(values)
         self.counted += 1
-        if len(self.pending) == _FLUSH:
+        if len(self.pending) == FLUSH:
             self.flush()
 
     def flush(self) -> float:
         """Write what is pending; a loss that is not finite ends the run. Returns steps a second. Collective."""
         if self.pending:
             names = list(self.pending[0])
-            device = self.pending[0][names[0]].device
-            rows = [torch.stack([v[name].to(device, torch.float32) for name in names]) for v in self.pending]
+            rows = [torch.stack([v[name].to(self.device, torch.float32) for name in names]) for v in self.pending]
             table = torch.stack(rows)
             if world_size() > 1:
                 torch.distributed.all_reduce(table)

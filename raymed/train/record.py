@@ -20,7 +20,8 @@ import pandas as pd
 
 from raymed.config import UserError, flatten, to_json
 from raymed.data.dataset import DataSet
-from raymed.storage import Mirror, storage_folder, write_atomic
+from raymed.data.locations import as_location, near
+from raymed.storage import Mirror, is_remote, storage_folder, write_atomic
 from raymed.tracking.outbox import Outbox
 
 FORMAT = 1
@@ -87,8 +88,8 @@ def fetch(run: str, storage: str | None = None, tracking: str | None = None) -> 
         UserError: there is no such run; it is no job's run, or lacks its config or data; the file is no export, or one
             of a newer format.
     """
-    if Path(run).is_file():
-        return _from_file(Path(run))
+    if is_remote(run) or Path(run).is_file():
+        return _from_file(near(as_location(run)))
     folder = storage_folder(storage)
     if mirror := Mirror.of(folder / "runs" / run):
         mirror.pull()

@@ -21,10 +21,11 @@ from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.meters import BinaryMeter
-from raymed.storage import Mirror, local_copy, lock, write_atomic
+from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
+from raymed.train.checkpoint import Checkpoints
 from raymed.train.compute import Compute
 from raymed.train.elastic import for_world
 from raymed.train.evaluate import evaluate
@@ -72,7 +73,7 @@ class Unit:
     def result(self) -> dict[str, Any] | None:
         """What `finish` wrote, here or on another node, or None while it is not finished."""
         path = self.folder / "result.json"
-        if not path.is_file() and (mirror := Mirror.of(self.folder)):
+        if not path.is_file() and exists(path) and (mirror := Mirror.of(self.folder)):
             mirror.pull()
         return json.loads(path.read_text()) if path.is_file() else None
 
@@ -126,8 +127,8 @@ class UnitRun:
         """Score validation and test at the best checkpoint and write predictions, bundle and result. Collective."""
         result = self._encoder_result() if self.unit.part == "encoder" else self._scores()
         if rank() == 0:
+            self.unit.outbox.close("FINISHED")  # first: whoever finds the result does not train again
             write_atomic(self.unit.folder / "result.json", to_json(result))
-            self.unit.outbox.close("FINISHED")
         if self.mirror:
             self.mirror.push()
         return result
@@ -175,6 +176,12 @@ def train_unit(unit: Unit, interrupted: Callable[[], bool] = lambda: False, repo
         for evaluation in run.evaluations():
             report(evaluation)
         return run.finish()
+
+
+def pin_checkpoints(unit: Unit, reason: str) -> None:
+    """Keep the best checkpoint of each of a finished unit's phases for ever."""
+    for phase in phases_of(unit, unit_data(unit)):
+        Checkpoints(unit.folder / "checkpoints" / phase.name).pin("best", reason)
 
 
 def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:

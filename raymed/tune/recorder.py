@@ -5,6 +5,7 @@ from typing import Any
 
 from ray.tune import Callback, Stopper
 
+from raymed.storage import Mirror
 from raymed.train.job import Job
 from raymed.tune.journal import Journal
 from raymed.tune.search import TIME
@@ -58,6 +59,8 @@ class Recorder(Callback):
     def _close(self, trial: Any, status: Any) -> None:
         """Before the journal says that the trial has ended, since nobody looks at it again then."""
         number, params = trial.config["number"], trial.config["params"]
+        if mirror := Mirror.of(self.trials.outbox(number).path.parent):
+            mirror.pull()
         for outbox in [self.trials.outbox(number), *(u.outbox for u in self.trials.units(number, params))]:
             if outbox.path.is_file():
                 outbox.close(status)

@@ -26,7 +26,7 @@ from raymed.tracking import environment
 from raymed.train.job import Job
 from raymed.train.openings import open_test
 from raymed.train.results import METRICS, draw_heat_maps, draw_losses, prediction, summarise
-from raymed.train.unit import SPLITS, Unit, load_data, predictions, unit_data
+from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, predictions, unit_data
 from raymed.tune.config import Finals, SweepConfig, search_space
 from raymed.tune.finals import DEFAULT
 from raymed.tune.journal import Journal
@@ -98,10 +98,14 @@ def report_sweep(
     paths = {"run": job.folder, "report": page, "figures": job.folder / "figures", "tune": job.folder / "tune"}
     registered = None
     if methods:
-        paths["model"] = _model(job, outcome, foreign, registering, sweep.metric)
+        unit = median_unit(outcome.methods[outcome.chosen], sweep.metric)
+        shown = outcome.figures[outcome.chosen]
+        paths["model"] = write_model(job.folder / "model", unit, job, shown, foreign, registering.intended_use)
         name = default_name(job.config.recipe.data.manifest, job.recipe.method)
         tracking, run_id = job.config.run.tracking, job.tracker.run_id(job.key, timeout=60)
         registered = register(paths["model"], registering, name, tracking=tracking, storage=job.storage, run_id=run_id)
+        if registered:
+            pin_checkpoints(unit, f"registered as {registered.uri}")
         of_test = {method: figure["test"] for method, figure in outcome.figures.items()}
         show(comparison_table(of_test, METRICS, title=f"test split, {len(finals.seeds)} fresh seeds"))
         job.outbox.metrics({f"test/{name}": of_test[outcome.chosen][name]["mean"] for name in METRICS}, 0)
@@ -125,12 +129,6 @@ def report_sweep(
     print(f"{outcome.sentence}\n" + "\n".join(f"{name}: {path}" for name, path in paths.items()))
     print(f"MLflow: {job.where()}")
     return summary
-
-
-def _model(job: Job, outcome: Outcome, foreign: Sequence[str], registering: RegisterConfig, metric: str) -> Path:
-    unit = median_unit(outcome.methods[outcome.chosen], metric)
-    figures = outcome.figures[outcome.chosen]
-    return write_model(job.folder / "model", unit, job, figures, foreign, registering.intended_use)
 
 
 def _look(job: Job, outcome: Outcome) -> tuple[dict[str, Any], list[tuple[Path, str]], dict[str, Any]]:

@@ -33,6 +33,7 @@ from raymed.tune.journal import Journal
 from raymed.tune.report import report_sweep
 from raymed.tune.results import write_tune_results
 from raymed.tune.trials import Trials, run_trials
+from raymed.tune.winner import foreign_folders
 
 
 def run_sweep(
@@ -49,6 +50,7 @@ def run_sweep(
     for a single trial, and when every trial failed.
     """
     check_single_worker(job)
+    foreign_folders(foreign)  # told now, not hours later
     encoders, replicates = seed_replicates(job, seeds)
     trials = Trials(template(job), replicates, sweep.metric)
     journal = Journal(job.folder / "sweep.jsonl")

@@ -8,12 +8,14 @@ import dataclasses
 import math
 import tempfile
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
 from raymed.config import replace
 from raymed.space import Space
+from raymed.storage import Mirror
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.folds import Fold
@@ -84,9 +86,16 @@ class Trials:
 
 def run_trial(config: dict[str, Any], trials: Trials) -> None:
     """One Ray Tune trial: all its replicates in step, the mean of the metric reported after every evaluation."""
+    with Mirror.of(trials.template.folder / trials.name(config["number"])) or nullcontext() as mirror:
+        if mirror:  # the driver may be on another node
+            mirror.pull()
+            mirror.follow()
+        _run_trial(config["number"], config["params"], trials)
+
+
+def _run_trial(number: int, params: dict[str, Any], trials: Trials) -> None:
     from ray import tune
 
-    number, params = config["number"], config["params"]
     outbox = trials.open(number, params)
     runs = [UnitRun(unit) for unit in trials.units(number, params)]
     latest = [math.nan] * len(runs)

@@ -13,8 +13,10 @@ from raymed.bundle import NOT_STATED, Bundle
 from raymed.config import UserError
 from raymed.data import readers
 from raymed.data.dataset import DataSet
+from raymed.data.locations import as_location
 from raymed.data.phantoms import hsg
 from raymed.registry.card import provenance, write_card
+from raymed.storage import local_folder_copy
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.train.job import Job
 from raymed.train.results import summarise
@@ -90,8 +92,13 @@ def _foreign_images(data: DataSet, manifest: str, folders: Sequence[str]) -> dic
     }
     if "phantoms" not in manifest:
         found["digital HSG phantoms"] = [hsg(patient, seed=1)[0] for patient in range(_PHANTOMS)]
-    places = [Path(folder).expanduser() for folder in folders]
+    places = foreign_folders(folders)
     return found | {"/".join(place.parts[-2:]): _read_folder(place) for place in places}  # many are called "images"
+
+
+def foreign_folders(folders: Sequence[str]) -> list[Path]:
+    """The folders of images of other kinds, or copies of those in a bucket. Raises UserError where one is not there."""
+    return [local_folder_copy(as_location(folder)) for folder in folders]
 
 
 def _read_folder(folder: Path) -> list[np.ndarray]:

@@ -213,6 +213,7 @@ def check_tracked(training: Training, uri: str | None = None) -> None:
 
     client = MlflowClient(tracking_uri=resolve_uri(uri, training.storage))
     experiment = client.get_experiment_by_name("raymed")
+    assert experiment
     runs = client.search_runs([experiment.experiment_id])
     assert sorted((run.info.run_name, run.info.status) for run in runs) == [
         ("run", "FINISHED"),

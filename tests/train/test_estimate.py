@@ -48,7 +48,7 @@ def test_disk_is_that_of_the_checkpoints(manifest, data, tmp_path, number):
     phase = fit.phases[number]
     last = fit.checkpoints(phase.name).find("last")
     kept = sum(path.stat().st_size for path in last.glob("*.safetensors"))
-    assert measure(phase, data, 3, COMPUTE).disk_bytes == pytest.approx(2 * kept, rel=0.05)
+    assert measure(phase, data, 3, COMPUTE).disk_bytes == pytest.approx(3 * kept, rel=0.05)
 
 
 @dataclasses.dataclass
@@ -101,7 +101,7 @@ def test_memory_is_the_most_a_step_holds(data):
 
 def test_weights_averages_and_states_count_twice(data):
     """Weights, averages and AdamW's two moments of a million numbers, of 4 bytes, in two checkpoints."""
-    assert measure(Phase("p", Slow(), 9, 8), data, 0, COMPUTE).disk_bytes == pytest.approx(2 * 4 * 4e6, rel=1e-4)
+    assert measure(Phase("p", Slow(), 9, 8), data, 0, COMPUTE).disk_bytes == pytest.approx(3 * 4 * 4e6, rel=1e-4)
 
 
 def test_a_worker_has_its_share_of_each_micro_batch(data):
@@ -120,7 +120,7 @@ def test_several_workers_take_as_much_memory_each():
 def test_an_unsharded_copy_is_measured_whatever_the_engine(data):
     compute = dataclasses.replace(COMPUTE, engine="deepspeed", zero_stage=3, offload=True, network_stages=("net=2",))
     cost = measure(Phase("p", Slow(megabytes=1), 9, 8), data, 0, compute)
-    assert cost.disk_bytes == pytest.approx(2 * 4 * 4e6, rel=1e-4) and cost.workers == 1
+    assert cost.disk_bytes == pytest.approx(3 * 4 * 4e6, rel=1e-4) and cost.workers == 1
 
 
 @dataclasses.dataclass
