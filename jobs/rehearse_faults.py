@@ -21,14 +21,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import tyro
 
-from raymed.config import UserError
+from raymed.config import UserError, check_range
 from raymed.report.survival import Event, draw_survival
 from raymed.storage import working_copy
 from raymed.tracking.outbox import Outbox
@@ -36,6 +36,7 @@ from raymed.tracking.outbox import Outbox
 JOB = Path(__file__).with_name("train_classifier.py")
 UNIT = "runs/rehearsal/seed-2023"
 PATIENCE = 600.0  # seconds until a run must have come a step further
+TOLERANCE = 1e-3  # of losses; equal runs part by rounding, which grows with the steps
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,24 @@ class Run:
 
     def __init__(self, config: Rehearsal, storage: str, folder: Path, env: dict[str, str]):
         self.unit, self.env = folder / UNIT, env
+        self.processes: list[subprocess.Popen] = []
         self.command = [sys.executable, str(JOB), "--name=rehearsal", f"--storage={storage}", "--method=asl"]
         self.command += [f"--data.preprocess.size={config.size}", "--single.batch-size=32", "--model.norm=group"]
         self.command += [f"--single.steps={config.steps}", f"--single.evaluations={config.steps // 20}"]
-        self.command += ["--single.optim.lr=3e-4", "--compute.threads=1"]
+        self.command += ["--single.optim.lr=1e-3", "--compute.threads=1"]
 
     def start(self, *flags: str) -> subprocess.Popen:
         """Begin or go on, in a process group of its own."""
         print(f"\n$ python jobs/{JOB.name} {' '.join(self.command[2:3])} {' '.join(flags)}", flush=True)
-        return subprocess.Popen([*self.command, *flags], env=self.env, start_new_session=True)
+        process = subprocess.Popen([*self.command, *flags], env=self.env, start_new_session=True)
+        self.processes.append(process)
+        return process
+
+    def end(self) -> None:
+        """Kill what still runs."""
+        for process in self.processes:
+            with suppress(psutil.NoSuchProcess):
+                kill(family(process))
 
     def reaches(self, step: int, process: subprocess.Popen) -> None:
         """Return when the training has done so many steps."""
@@ -86,20 +96,30 @@ class Run:
 
 
 def rehearse(config: Rehearsal) -> Path:
-    """All of it. Returns the figure's path."""
+    """All of it. Returns the figure's path. Raises UserError where the two runs are not the same."""
+    check_range("steps", config.steps, 100)
     with tempfile.TemporaryDirectory(prefix="rehearsal-") as scratch, _bucket(config, Path(scratch)) as (url, env):
         own = os.environ | env | {"RAYMED_LOCAL": f"{scratch}/local", "RAYMED_HOME": f"{scratch}/home"}
         os.environ["RAYMED_LOCAL"] = own["RAYMED_LOCAL"]
         peaceful = Run(config, f"{scratch}/peaceful", Path(scratch, "peaceful"), own)
-        _end(peaceful.start())
         shaken = Run(config, url, working_copy(url), own)
-        events = _shake(config, shaken)
-        wanted, found = peaceful.losses(), shaken.losses()
-        draw_survival(config.out, wanted, found, events)
-        steps = sorted(wanted)
-        apart = max(abs(found[step] - wanted[step]) / abs(wanted[step]) for step in steps)
-        complete = "every step once" if sorted(found) == steps else "NOT every step"
-        print(f"\n{len(steps)} steps, {complete}; the losses differ by {apart:.1e} at most (relative)", flush=True)
+        try:
+            _finish(peaceful.start())
+            events = _shake(config, shaken)
+        finally:
+            peaceful.end()
+            shaken.end()
+        return _compared(config, peaceful.losses(), shaken.losses(), events)
+
+
+def _compared(config: Rehearsal, wanted: dict[int, float], found: dict[int, float], events: list[Event]) -> Path:
+    draw_survival(config.out, wanted, found, events)
+    apart = max(abs(found[step] - wanted[step]) / abs(wanted[step]) for step in wanted.keys() & found.keys())
+    print(f"\n{len(wanted)} steps; the losses differ by {apart:.1e} at most (relative)", flush=True)
+    if missing := sorted(wanted.keys() - found.keys()):
+        raise UserError(f"the killed run has no record of {len(missing)} steps, the first of them {missing[0]}")
+    if apart > TOLERANCE:
+        raise UserError(f"the killed run is another one: its losses differ by more than {TOLERANCE:g}")
     return config.out.absolute()
 
 
@@ -108,37 +128,51 @@ def _shake(config: Rehearsal, run: Run) -> list[Event]:
     events = []
     two = run.start("--compute.workers=2", "--compute.zero-stage=2")
     run.reaches(round(0.3 * config.steps), two)
-    worker = _kill(_workers(two)[1:])
-    events.append(Event(run.steps_done(), f"a worker killed (PID {worker})"))
+    kill(_workers(two)[1:])
+    events.append(Event(run.steps_done(), "a worker killed", "2 workers, ZeRO 2"))
     run.reaches(round(0.5 * config.steps), two)
-    events.append(Event(run.steps_done(), "the whole run killed, its disk lost"))
-    _kill([*psutil.Process(two.pid).children(recursive=True), psutil.Process(two.pid)])
-    two.wait()
+    events.append(Event(run.steps_done(), "all killed, the disk lost", "1 worker, plain"))
+    kill(family(two))
     shutil.rmtree(run.unit.parents[1])
     one = run.start("--compute.workers=1")
     run.reaches(round(0.75 * config.steps), one)
     one.send_signal(signal.SIGTERM)
     one.wait(PATIENCE)
-    events.append(Event(run.steps_done(), "stopped"))
-    _end(run.start("--compute.workers=2", "--compute.zero-stage=3"))
-    stages = ("2 workers, ZeRO 2", "2 workers, ZeRO 2", "1 worker, plain", "2 workers, ZeRO 3")
-    return [Event(0, "", stages[0]), *(Event(e.step, e.what, s) for e, s in zip(events, stages[1:], strict=True))]
+    events.append(Event(run.steps_done(), "stopped", "2 workers, ZeRO 3"))
+    _finish(run.start("--compute.workers=2", "--compute.zero-stage=3"))
+    return [Event(0, "", "2 workers, ZeRO 2"), *events]
 
 
 def _workers(driver: subprocess.Popen) -> list[psutil.Process]:
     """The processes of Ray Train's workers below a driver."""
-    return [p for p in psutil.Process(driver.pid).children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
+    return [process for process in family(driver) if "RayTrainWorker" in _title(process)]
 
 
-def _kill(processes: Sequence[psutil.Process]) -> int:
-    """SIGKILL, and wait until they are dead. Returns the first one's PID."""
+def family(process: subprocess.Popen) -> list[psutil.Process]:
+    """A process with all below it, the youngest first."""
+    top = psutil.Process(process.pid)
+    return [*reversed(top.children(recursive=True)), top]
+
+
+def _title(process: psutil.Process) -> str:
+    with suppress(psutil.NoSuchProcess):
+        return " ".join(process.cmdline())
+    return ""
+
+
+def kill(processes: Sequence[psutil.Process]) -> None:
+    """SIGKILL, and wait until they are dead."""
+    if not processes:
+        raise UserError("there is nothing to kill: the training has ended")
     for process in processes:
-        process.send_signal(signal.SIGKILL)
-    psutil.wait_procs(processes, timeout=60)
-    return processes[0].pid
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.SIGKILL)
+    _, alive = psutil.wait_procs(processes, timeout=60)
+    if alive:
+        raise UserError(f"{len(alive)} processes survived SIGKILL")
 
 
-def _end(process: subprocess.Popen) -> None:
+def _finish(process: subprocess.Popen) -> None:
     if process.wait() != 0:
         raise UserError(f"the training ended with exit code {process.returncode}: see its messages above")
 

@@ -4,14 +4,15 @@ Every function is the identity without an initialised process group, and in one 
 runs in a plain script. They use gloo on the CPU and NCCL on GPUs, whichever the group was made with.
 """
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from raymed.config import UserError
 from raymed.ledger import COMMUNICATION, span
 
 T = TypeVar("T")
@@ -81,6 +82,30 @@ def max_over_ranks(values: Sequence[float], device: torch.device) -> list[float]
         with span(COMMUNICATION):
             dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.tolist()
+
+
+def agreed(do: Callable[[], T]) -> T:
+    """What `do` returns here, as soon as it has returned on every rank. Collective; `do` itself must not be.
+
+    Where it raises an Exception on some ranks, all raise, so that none waits for them in the next collective: its own
+    error there, and UserError with the words of the first of them elsewhere.
+    """
+    result, error = None, None
+    try:
+        result = do()
+    except Exception as caught:
+        error = caught
+    told = all_gather_object(error and _in_words(error))
+    if error:
+        raise error
+    for other, words in enumerate(told):
+        if words:
+            raise UserError(f"{words} (on worker {other})")
+    return cast(T, result)
+
+
+def _in_words(error: Exception) -> str:
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
 
 
 class _AllGather(torch.autograd.Function):

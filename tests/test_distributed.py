@@ -4,6 +4,7 @@ All checks of one world size share its processes, which write what they saw; the
 """
 
 import itertools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from raymed import distributed
+from raymed.config import UserError
 from raymed.losses import SupConLoss
 
 LOCAL = 4  # samples on a rank
@@ -75,6 +77,24 @@ def collectives() -> dict:
     }
 
 
+def agreements() -> list:
+    """What each rank gets of what all do, of what only the last one cannot, and of what none of them can."""
+    last = distributed.rank() == distributed.world_size() - 1
+
+    def refuse(kind: type[Exception], mine: bool) -> str:
+        if mine:
+            raise kind(f"rank {distributed.rank()} has none")
+        return f"rank {distributed.rank()}"
+
+    seen = []
+    for kind, mine in ((ValueError, False), (ValueError, last), (UserError, last), (UserError, True)):
+        try:
+            seen.append(distributed.agreed(partial(refuse, kind, mine)))
+        except (ValueError, UserError) as error:
+            seen.append((type(error).__name__, str(error)))
+    return seen
+
+
 def golden_supcon(arrays: dict) -> dict:
     """Loss and averaged encoder gradient of the published SupCon on this rank's rows."""
     x, y, labels = (shard(torch.as_tensor(arrays[name])) for name in ("X", "Y", "labels"))
@@ -91,7 +111,11 @@ def worker(rank: int, world: int, folder: str, arrays: dict) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     record = {name: train_supcon(LOCAL * world, *loss) for name, loss in LOSSES.items()}
-    record |= {"collectives": collectives(), "golden": golden_supcon(arrays) if arrays else None}
+    record |= {
+        "agreements": agreements(),
+        "collectives": collectives(),
+        "golden": golden_supcon(arrays) if arrays else None,
+    }
     torch.save(record, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -126,6 +150,18 @@ def test_collectives(ranks):
         assert not record["plain_requires_grad"]
         assert record["labels"].tolist() == list(itertools.chain(*([r, 7] for r in range(world))))
         assert record["objects"] == [{"rank": r} for r in range(world)]
+
+
+def test_what_fails_on_one_rank_is_raised_on_all(ranks):
+    records, last = [record["agreements"] for record in ranks[0]], len(ranks[0]) - 1
+    for rank, (all_do, error, user_error, none_does) in enumerate(records):
+        assert all_do == f"rank {rank}"
+        words = f"rank {last} has none"
+        elsewhere = [("UserError", f"{cause}{words} (on worker {last})") for cause in ("ValueError: ", "")]
+        own = [("ValueError", words), ("UserError", words)]
+        assert [error, user_error] == (own if rank == last else elsewhere)
+        assert none_does == ("UserError", f"rank {rank} has none")
+    assert distributed.agreed(lambda: 7) == 7  # alone
 
 
 @pytest.mark.parametrize("name", LOSSES)

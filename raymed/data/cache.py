@@ -124,7 +124,13 @@ class _Reader:
         if isinstance(path, str) and self._found[path][0] is None:
             raise ImageProblem(f"no image at {path}")
         copy = self._copies.get(path)
-        return (source.at(copy) if copy else source).read(self._window)
+        try:
+            return (source.at(copy) if copy else source).read(self._window)
+        except ImageProblem:
+            if copy is None or copy.exists():
+                raise
+        # Other processes have evicted it since: the read cache is small.
+        return source.at(fetch([path])[path]).read(self._window)
 
 
 def _key(sources: Sequence[Source], found: Mapping[Location, Version], preprocess: Preprocess) -> str:

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from raymed.config import UserError
 from raymed.storage.leftovers import is_alive, this_process
 from raymed.storage.network import local_root
 
@@ -79,10 +80,15 @@ class InStep:
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
         """A connection a time: none is ever shared by threads or across a fork."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self._path, timeout=60)) as connection, connection:
-            connection.execute(_TABLE)
-            yield connection
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with closing(sqlite3.connect(self._path, timeout=60)) as connection, connection:
+                connection.execute(_TABLE)
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise UserError(
+                f"{self._path} cannot be written ({error}): make room, or give another folder with RAYMED_LOCAL"
+            ) from error
 
     def get(self, url: str) -> Known | None:
         """What is known of one file."""

@@ -36,7 +36,8 @@ def is_alive(process: str) -> bool:
 
 def temporary(path: Path) -> Path:
     """A new name beside `path`, for what is to take its place. No mirror and no reader looks at it."""
-    return path.with_name(f".{path.name[:100]}.{this_process()}.{uuid.uuid4().hex[:8]}.tmp")
+    name = os.fsencode(path.name)[:100].decode(errors="ignore")  # a name may have 255 bytes
+    return path.with_name(f".{name}.{this_process()}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def sweep(folder: Path, deep: bool = True) -> None:

@@ -3,7 +3,7 @@
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from raymed.config import UserError
@@ -16,17 +16,14 @@ def lock(path: str | Path) -> Iterator[None]:
     """Hold the lock file `path` (its folder is created), or raise UserError naming the process that holds it.
 
     The operating system frees the lock when its process ends, however it ends. In the working copy of a storage in S3
-    a lock object keeps out other machines too (`raymed.storage.remote_lock`), but not from a cache, which each has.
+    a lock object keeps out other machines too (`raymed.storage.remote_lock`).
     """
     from raymed.storage.remote_lock import remote_lock
 
     path = Path(path)
     url = remote_of(path)
     with _file_lock(path):
-        if url is None or "cache" in url.split("/"):
-            yield
-            return
-        with remote_lock(url):
+        with remote_lock(url) if url else nullcontext():
             yield
 
 

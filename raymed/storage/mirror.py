@@ -2,19 +2,21 @@
 
 What was in step is on record (`raymed.storage.in_step`), which tells which side has changed. `pull` fetches what is new
 there; where both sides have changed the remote wins, but of *.jsonl, which only ever grow, always the longer one.
-`push` puts what has changed here. What others rely on comes last: bulk files first, then *.json and *.jsonl in the
-order in which they were written. Removing a file here does not remove it there; `remove` does both.
+`push` puts what has changed here, but no *.jsonl over a longer one from elsewhere. What others rely on comes last: bulk
+files first, then *.json and *.jsonl in the order in which they were written. Removing a file here does not remove it
+there; `remove` does both.
 """
 
 import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any, Self, TypeVar
 
+from raymed.config import UserError
 from raymed.storage import s3
 from raymed.storage.client import give_up
 from raymed.storage.in_step import Known, Stamp
@@ -93,7 +95,7 @@ class Mirror:
             known = self._record.below(self.url)
             names = (path for path in self._files(self.folder) if is_synced(self._relative(path), only))
             stamps = {path: stamp for path in names if (stamp := Stamp.of(path)) is not None}
-            changed = [path for path, stamp in stamps.items() if _is_changed(stamp, known.get(self._url(path)))]
+            changed = [path for path, stamp in stamps.items() if self._is_wanted_there(path, stamp, known)]
             batches = _batches(changed, lambda path: stamps[path].time)
             for done, batch in enumerate(batches):
                 try:
@@ -126,9 +128,9 @@ class Mirror:
         def work() -> None:
             while not self._over.wait(period):
                 try:
-                    self.push()
-                    if pulled:
+                    if pulled:  # first: what another node has gone on with is not to be put as it was
                         self.pull(pulled)
+                    self.push()
                     self._error = None
                 except Exception as error:
                     if str(error) != str(self._error):
@@ -144,8 +146,12 @@ class Mirror:
         try:
             if self._thread is not None:
                 self._thread.join()
-                self._thread = None
+                self._thread = self._error = None  # the push says what is wrong now
             self.push()
+        except UserError as error:
+            raise UserError(
+                f"{error}. The results are kept in {self.folder}: the same command brings them to {self.url}"
+            ) from error
         except (KeyboardInterrupt, SystemExit):
             give_up()
             raise
@@ -177,6 +183,17 @@ class Mirror:
             self._record.forget([there.url])  # so that it is pushed
             return False
         return True
+
+    def _is_wanted_there(self, path: Path, here: Stamp, known: Mapping[str, Known]) -> bool:
+        """Whether the file takes the place of the object."""
+        url = self._url(path)
+        before = known.get(url)
+        if before is not None and here == before.stamp and before.pusher is None:  # its push was not cut off
+            return False
+        if path.suffix != ".jsonl":
+            return True
+        there = s3.stat(url)
+        return there is None or there.size <= here.size or (before is not None and before.etag == there.etag)
 
     def _fetch(self, objects: list[s3.Object]) -> list[str]:
         """In the order of `push`; of what was put in one second the deeper comes first."""
@@ -214,11 +231,6 @@ class Mirror:
 
     def _path(self, url: str) -> Path:
         return self.folder / self._name(url)
-
-
-def _is_changed(here: Stamp, known: Known | None) -> bool:
-    """Also true for a file whose push was cut off."""
-    return known is None or here != known.stamp or known.pusher is not None
 
 
 def _batches(files: Sequence[F], age: Callable[[F], Any]) -> list[list[F]]:

@@ -1,5 +1,6 @@
 """The storage folder, and files that are there whole or not at all."""
 
+import errno
 import os
 import tempfile
 import uuid
@@ -44,6 +45,32 @@ def _try_bucket(url: str) -> None:
         s3.listing(url, limit=1)  # some servers would make a missing bucket when an object is put
         s3.put_bytes(probe, b"")
         s3.delete([probe])
+    _check_endpoint(url)
+
+
+def _check_endpoint(url: str) -> None:
+    """Buckets of one name on two servers must not share a working copy. Those of AWS are one namespace."""
+    from raymed.storage.client import host
+    from raymed.storage.locations import working_copy
+    from raymed.storage.s3 import split
+
+    server = "amazonaws.com" if host().endswith(".amazonaws.com") else host()
+    place = working_copy(f"s3://{split(url)[0]}") / ".endpoint"
+    before = place.read_text() if place.is_file() else server
+    if before != server:
+        raise UserError(
+            f"{place.parent} is the working copy of a bucket at {before}, and AWS_ENDPOINT_URL leads to {server}: set "
+            f"RAYMED_LOCAL to another folder or, where it is the same server under another name, remove {place}"
+        )
+    _writable(place.parent, "RAYMED_LOCAL")
+    write_atomic(place, server)
+
+
+def not_written(path: str | Path, error: OSError) -> UserError:
+    """What to say of a file that the disk does not take."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"the disk of {path} is full: make room; the same command goes on")
+    return UserError(f"{path} cannot be written: {error.strerror or error}")
 
 
 def _writable(folder: Path, by: str) -> Path:

@@ -121,9 +121,17 @@ def make_room(coming: int, wanted: set[Path]) -> None:
     for used, size, entry in entries:
         if room >= coming or time.time() - used < GRACE:
             break
-        if entry not in wanted and _remove(entry):
+        if entry not in wanted and _last_use(entry) == used and _remove(entry):
             room += size
     _seen.update(place=(_root(), limit), room=room - coming, until=time.monotonic() + _LOOK_AGAIN)
+
+
+def _last_use(entry: Path) -> float | None:
+    """None for one that is gone."""
+    try:
+        return entry.stat().st_mtime
+    except FileNotFoundError:
+        return None
 
 
 def _remove(entry: Path) -> bool:

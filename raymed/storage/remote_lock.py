@@ -2,7 +2,8 @@
 
 It is made with a conditional put, and renewed and taken over with one that names the version it replaces, so of two
 machines exactly one gets it. Its age is measured by the server's clock. A holder that was killed is recognised at once
-on its own machine, where the file lock is free again, and after two minutes without a heartbeat elsewhere.
+on its own machine, where the file lock is free again, and after two minutes without a heartbeat elsewhere. Where the
+answer to a put was lost, the object says whose it is.
 """
 
 import json
@@ -27,7 +28,7 @@ from raymed.storage.paths import write_atomic
 HEARTBEAT = 30.0  # seconds
 LOST = 120.0  # seconds without one: the holder is dead
 _AT_THE_END = 15.0  # seconds
-_CONFLICT = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409")
+Holder = dict[str, Any]
 
 
 @contextmanager
@@ -36,9 +37,10 @@ def remote_lock(url: str) -> Iterator[None]:
 
     While a holder may be dead this waits, at most LOST seconds, for its next heartbeat.
     """
-    held = _acquire(url)
+    me = {"host": socket.gethostname(), "process": os.getpid(), "place": _place()}
+    etag = _acquire(url, me)
     over = threading.Event()
-    thread = threading.Thread(target=_renew, args=(url, held, over), name="raymed-lock", daemon=True)
+    thread = threading.Thread(target=_renew, args=(url, me, etag, over), name="raymed-lock", daemon=True)
     thread.start()
     try:
         yield
@@ -46,20 +48,20 @@ def remote_lock(url: str) -> Iterator[None]:
         over.set()
         thread.join()
         with patience(_AT_THE_END), suppress(UserError):  # it runs out by itself
-            if _look(url)[:1] == (held["etag"],):
+            if _is(me, _look(url)[1]):
                 s3.delete([url])
 
 
-def _acquire(url: str) -> dict[str, str]:
-    """{"etag": version of the lock object that is ours}"""
-    if etag := _put(url, IfNoneMatch="*"):
-        return {"etag": etag}
+def _acquire(url: str, me: Holder) -> str:
+    """The version of the lock object that is ours."""
+    if etag := _put(url, me, ""):
+        return etag
     seen, is_told = "", False
     while True:
         etag, holder, age = _look(url)
-        if not etag or age > LOST or holder.get("place") == _place():
-            if mine := _put(url, **({"IfMatch": etag} if etag else {"IfNoneMatch": "*"})):
-                return {"etag": mine}
+        if not etag or age > LOST or _is_machine(me, holder):
+            if mine := _put(url, me, etag):
+                return mine
         elif seen and etag != seen:
             who = f"process {holder.get('process')} on {holder.get('host')}"
             raise UserError(f"{url.rpartition('/')[0]} is in use by {who}: wait for it, or end it and try again")
@@ -70,7 +72,7 @@ def _acquire(url: str) -> dict[str, str]:
         time.sleep(min(1.0, HEARTBEAT / 10))
 
 
-def _look(url: str) -> tuple[str, dict[str, Any], float]:
+def _look(url: str) -> tuple[str, Holder, float]:
     """(ETag, holder, seconds since its heartbeat) of the lock object; the ETag is "" where there is none."""
     from botocore.exceptions import ClientError
 
@@ -87,28 +89,40 @@ def _look(url: str) -> tuple[str, dict[str, Any], float]:
     return response["ETag"].strip('"'), holder, (now - response["LastModified"]).total_seconds()
 
 
-def _put(url: str, **condition: str) -> str:
-    """Write the lock object; its ETag, or "" where the condition does not hold."""
-    from botocore.exceptions import ClientError
-
-    bucket, key = s3.split(url)
-    # The time makes every version another one.
-    holder = {"host": socket.gethostname(), "process": os.getpid(), "place": _place(), "time": time.time_ns()}
-    with explained(url):
-        try:
-            body = json.dumps(holder).encode()
-            return client().put_object(Bucket=bucket, Key=key, Body=body, **condition)["ETag"].strip('"')
-        except ClientError as error:
-            if code(error) not in _CONFLICT:
-                raise
-            return ""
+def _put(url: str, me: Holder, etag: str) -> str:
+    """`s3.put_if` of the lock object. The time makes every version another one."""
+    return s3.put_if(url, json.dumps(me | {"time": time.time_ns()}).encode(), etag)
 
 
-def _renew(url: str, held: dict[str, str], over: threading.Event) -> None:
+def _beat(url: str, me: Holder, etag: str, since: float) -> str:
+    """Renew the version that is ours, or what has become of it by a put whose answer was lost; "" where somebody else
+    has taken it over. An object that is gone was removed by hand or, if it was lost, by whoever had it meanwhile.
+
+    since: seconds since the last heartbeat.
+    """
+    if new := _put(url, me, etag):
+        return new
+    found, holder, _ = _look(url)
+    if found:
+        return found if _is(me, holder) else ""
+    return _put(url, me, "") if since < LOST else ""
+
+
+def _is(me: Holder, holder: Holder) -> bool:
+    return all(holder.get(name) == value for name, value in me.items())
+
+
+def _is_machine(me: Holder, holder: Holder) -> bool:
+    """The folder of working copies alone does not say: it may have come with a copy of the whole disk."""
+    return all(holder.get(name) == me[name] for name in ("place", "host"))
+
+
+def _renew(url: str, me: Holder, etag: str, over: threading.Event) -> None:
+    last = time.time()
     while not over.wait(HEARTBEAT):
         try:
             with patience(HEARTBEAT):
-                etag = _put(url, IfMatch=held["etag"])
+                etag = _beat(url, me, etag, time.time() - last)
         except UserError:
             continue  # no connection: neither has anybody else
         if not etag and not over.is_set():
@@ -116,7 +130,7 @@ def _renew(url: str, held: dict[str, str], over: threading.Event) -> None:
             print(line, file=sys.stderr, flush=True)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)  # as Ctrl-C: the state is saved
             return
-        held["etag"] = etag
+        last = time.time()
 
 
 def _place() -> str:

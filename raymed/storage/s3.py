@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,11 +18,13 @@ from typing import Any, TypeVar
 from raymed.config import UserError
 from raymed.storage.client import client, code, explained, give_up
 from raymed.storage.leftovers import temporary
+from raymed.storage.paths import not_written
 
 PART = 16 * 2**20  # bytes
 THREADS = 16
 _SHOWN_BYTES, _SHOWN_FILES = 64 * 2**20, 200  # from here on a person at a terminal sees a progress bar
 _TRIES = 3  # of a whole file, where the object changes under the reader or the server has lost an upload's first parts
+_CONFLICT = ("PreconditionFailed", "412", "ConditionalRequestConflict", "409", "NoSuchKey", "404")
 T = TypeVar("T")
 Progress = Callable[[int], None]  # is told of bytes that have gone through, also of some that have to go again (< 0)
 
@@ -94,11 +96,29 @@ def listing(url: str, prefix: str = "", limit: int | None = None) -> list[Object
     ]
 
 
-def put_bytes(url: str, data: bytes, **conditions: str) -> str:
-    """Write an object whole and return its ETag. conditions: IfMatch, IfNoneMatch as boto3 has them."""
+def put_bytes(url: str, data: bytes) -> str:
+    """Write an object whole and return its ETag."""
     bucket, key = split(url)
     with explained(url):
-        return client().put_object(Bucket=bucket, Key=key, Body=data, **conditions)["ETag"].strip('"')
+        return client().put_object(Bucket=bucket, Key=key, Body=data)["ETag"].strip('"')
+
+
+def put_if(url: str, data: bytes, etag: str) -> str:
+    """Write an object in the place of its version `etag` ("": of none); its new ETag, or "" where it is not that one.
+
+    The answer to a request that was carried out may be lost: the second try then finds its own work, and says "" too.
+    """
+    from botocore.exceptions import ClientError
+
+    bucket, key = split(url)
+    condition = {"IfMatch": etag} if etag else {"IfNoneMatch": "*"}
+    with explained(url):
+        try:
+            return client().put_object(Bucket=bucket, Key=key, Body=data, **condition)["ETag"].strip('"')
+        except ClientError as error:
+            if code(error) not in _CONFLICT:
+                raise
+            return ""
 
 
 def get_bytes(url: str) -> bytes:
@@ -166,16 +186,19 @@ def download_many(pairs: Sequence[tuple[str, Path]], total: int = 0) -> list[Obj
 
 def _download(url: str, path: Path, manager: Any, progress: Progress) -> Object:
     bucket, key = split(url)
-    path.parent.mkdir(parents=True, exist_ok=True)
     arriving = temporary(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with explained(url):
             meta = _tried(lambda: _result(manager.download(bucket, key, str(arriving), subscribers=_told(progress))))
         if arriving.stat().st_size != meta.size:
             raise UserError(f"{url} came with {arriving.stat().st_size} of {meta.size} bytes: try again")
         os.replace(arriving, path)
+    except OSError as error:
+        raise not_written(path, error) from error
     finally:
-        arriving.unlink(missing_ok=True)
+        with suppress(OSError):
+            arriving.unlink()
     return Object(url, meta.size, (meta.etag or _EMPTY).strip('"'), 0.0)
 
 

@@ -14,7 +14,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 import threading
 import time
 from pathlib import Path
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from raymed.config import UserError
 from raymed.storage import local_folder, remote_of, write_atomic
+from raymed.tracking.credentials import without_credentials
 from raymed.tracking.environment import telemetry_off
 from raymed.tracking.outbox import Outbox, Status
 from raymed.tracking.upload import Store, Upload
@@ -50,7 +50,7 @@ class Tracker:
 
     def __init__(self, uri: str | None, experiment: str, storage: Path, period: float = 0.5):
         self._uri = resolve_uri(uri, storage)
-        self.uri = re.sub(r"//[^/@]*@", "//", self._uri)  # for people and files: without user and password
+        self.uri = without_credentials(self._uri)  # for people and files
         self.experiment = experiment
         self._is_server = self._uri.startswith("http")
         self._artifacts = artifacts_of(storage) if self._uri.startswith(DATABASES) else None
@@ -147,7 +147,8 @@ class Tracker:
                 trouble = str(error)
                 break
             except Exception as error:  # whatever it is, work goes on, the records are kept, the others have their turn
-                trouble, is_doubtful = f"{type(error).__name__}: {str(error)[:200]}", self._is_server
+                trouble = f"{type(error).__name__}: {without_credentials(str(error))[:200]}"
+                is_doubtful = self._is_server
         self._report(trouble)
         return has_moved
 
@@ -244,9 +245,8 @@ def connect(uri: str | None, storage: Path) -> "MlflowClient":
         try:
             _probe(resolved)
         except ConnectionError as error:
-            shown = re.sub(r"//[^/@]*@", "//", resolved)
             advice = "name the server with --tracking, or start it"
-            raise UserError(f"MLflow does not answer at {shown} ({error}): {advice}") from None
+            raise UserError(f"MLflow does not answer at {without_credentials(resolved)} ({error}): {advice}") from None
     from mlflow import MlflowClient
 
     for noisy in ("mlflow.store.db.utils", "mlflow.store.model_registry", "alembic", "mlflow.pyfunc"):

@@ -6,6 +6,7 @@ ignore a line without its end, and the next writer cuts it off. Taking something
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import math
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any, Literal, SupportsFloat
 
 from raymed.config import to_dict
+from raymed.storage import remote_of
+from raymed.storage.paths import not_written
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -27,7 +30,8 @@ class Outbox:
 
     An object holds nothing but the path: it can be pickled, and made anew at any time.
 
-    path: the file; its folder is created by the first operation.
+    path: the file; its folder is created by the first operation. Every operation raises UserError where the disk does
+    not take it, e.g. where it is full.
     """
 
     def __init__(self, path: str | Path):
@@ -62,8 +66,16 @@ class Outbox:
         self._append("tags", tags=_texts(tags))
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """A file or a folder to upload. It is read when it is uploaded: it must stay where it is."""
-        self._append("artifact", path=str(Path(path).absolute()), folder=folder)
+        """A file or a folder to upload. It is read when it is uploaded: it must stay where it is.
+
+        What lies below the outbox's folder, or with it in a working copy, is named from there: another machine may read
+        it in another place.
+        """
+        path = Path(path).absolute()
+        near = self.path.parent
+        if path.is_relative_to(near) or (remote_of(path) and remote_of(near)):
+            path = os.path.relpath(path, near)
+        self._append("artifact", path=str(path), folder=folder)
 
     def text(self, text: str, file: str) -> None:
         """An artifact `file` with this text, which is kept in the outbox."""
@@ -100,15 +112,15 @@ class Outbox:
 
     def _append(self, op: str, **fields: Any) -> None:
         line = json.dumps({"op": op, "time": time.time_ns() // 1_000_000, **fields}, default=str).encode() + b"\n"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Opened for every line, so that a reader on another node sees it (NFS flushes a file when it is closed).
-        with self.path.open("ab+", buffering=0) as file:
-            with contextlib.suppress(OSError):  # a file system without locks: one writer at a time is the caller's care
-                fcntl.flock(file, fcntl.LOCK_EX)
-            _cut_torn_line(file)
-            file.write(line)
-            if op in ("open", "close"):
-                os.fsync(file.fileno())
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            # Opened for every line, so that a reader on another node sees it (NFS flushes a file when it is closed).
+            with self.path.open("ab+", buffering=0) as file:
+                _write(file, line)
+                if op in ("open", "close"):
+                    os.fsync(file.fileno())
+        except OSError as error:
+            raise not_written(self.path, error) from error
 
 
 def read(path: Path, start: int = 0) -> Iterator[tuple[dict[str, Any], int]]:
@@ -134,6 +146,14 @@ def is_rewound(record: Mapping[str, Any], step: int) -> bool:
 
 def _texts(tags: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in tags.items()}
+
+
+def _write(file: Any, line: bytes) -> None:
+    with contextlib.suppress(OSError):  # a file system without locks: one writer at a time is the caller's care
+        fcntl.flock(file, fcntl.LOCK_EX)
+    _cut_torn_line(file)
+    if file.write(line) < len(line):  # what has got there is a torn line
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def _cut_torn_line(file: Any) -> None:

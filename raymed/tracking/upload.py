@@ -24,8 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from raymed.config import UserError, flatten
-from raymed.storage import exists, local_copy, local_folder_copy, remote_of, write_atomic
+from raymed.config import flatten
+from raymed.storage import Mirror, local_copy, local_folder_copy, remote_of, s3, write_atomic
+from raymed.tracking.credentials import without_credentials
 from raymed.tracking.outbox import SYSTEM_PREFIX, read
 
 _SQLITE = "sqlite:///"
@@ -242,7 +243,8 @@ class Upload:
                 file = _inside(record["file"])
                 self._try(file, lambda: client.log_text(run_id, record["text"], file))
             case "artifact":
-                return self._log_artifact(store, Path(record["path"]), _inside(record["folder"]) or None)
+                path = Path(os.path.normpath(self.outbox.parent / record["path"]))
+                return self._log_artifact(store, path, _inside(record["folder"]) or None)
             case "close":
                 self._try("the end", lambda: client.set_terminated(run_id, record["status"], end_time=record["time"]))
                 self.cursor.status = record["status"]
@@ -313,7 +315,7 @@ class Upload:
         except MlflowException as error:
             if error.error_code != "INVALID_PARAMETER_VALUE":
                 raise
-            self._complain(f"MLflow refused {what} of run {self.cursor.run_id}: {error.message}")
+            self._complain(without_credentials(f"MLflow refused {what} of run {self.cursor.run_id}: {error.message}"))
 
     def _complain(self, line: str) -> None:
         if line not in self._complaints:
@@ -327,15 +329,19 @@ def _last_steps(run: Any) -> dict[str, int]:
 
 
 def _bring(path: Path) -> None:
-    """Fetch a file or folder of a working copy that is not on this machine, if it is in its bucket.
+    """Fetch a file or folder of a working copy that is not on this machine, or of a folder what is not, if it is in its
+    bucket: one listing for every folder that a run names, once.
 
     Raises UserError where the bucket cannot be read.
     """
-    if path.exists() or remote_of(path) is None or not exists(path):
+    url = remote_of(path)
+    if url is None or path.is_file():
         return
-    try:
+    if path.is_dir():
+        Mirror(path, url).pull()
+    elif s3.stat(url):
         local_copy(path)
-    except UserError:
+    elif s3.listing(url, limit=1):
         local_folder_copy(path)
 
 

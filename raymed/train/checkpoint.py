@@ -23,9 +23,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from raymed.config import UserError
-from raymed.distributed import all_gather_object, rank
+from raymed.distributed import agreed, all_gather_object, rank
 from raymed.ledger import CHECKPOINT, span
-from raymed.storage import exists, is_remote, local_folder_copy, remote_of, working_copy, write_atomic
+from raymed.storage import exists, is_remote, local_folder_copy, push_file, remote_of, working_copy, write_atomic
 from raymed.storage.client import give_up
 from raymed.train.checkpoint_bucket import Bucket
 from raymed.train.checkpoint_files import damaged, read_state, read_tensors, sync, write_folder
@@ -63,8 +63,9 @@ class Checkpoints:
     Only rank 0 writes. A save that fails is a UserError at the next `save` or `wait`, of every worker.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 1):
-        self.folder, self.keep_last = folder, keep_last
+    def __init__(self, folder: Path, keep_last: int = 1, log: Path | None = None):
+        """log: a file that tells of all steps up to a checkpoint, and is in the bucket before that counts there."""
+        self.folder, self.keep_last, self.log = folder, keep_last, log
         self.index = folder / "index.json"
         url = remote_of(folder)
         self.bucket = Bucket(folder, url) if url else None
@@ -111,10 +112,29 @@ class Checkpoints:
             raise
 
     def pull(self) -> None:
-        """Bring the bucket's checkpoints to every node, and to the bucket what only rank 0's node has. Collective."""
+        """Bring the bucket's checkpoints to every node, and to the bucket what only rank 0's node has. Collective.
+
+        Raises UserError where the workers do not all find the same last one then.
+        """
         if self.bucket:
             _on_all(lambda: self._meet() if rank() == 0 else None)
             self._spread()
+        found: list[Path | None] = []
+        _on_all(lambda: found.append(self.find("last")))
+        names = sorted({last.name if last else "none" for last in all_gather_object(found[0])})
+        if len(names) > 1:
+            raise UserError(
+                f"the workers do not find the same last checkpoint in {self.folder}, but {' and '.join(names)}: give a "
+                "storage that all nodes see, a shared folder or s3://BUCKET/PREFIX"
+            )
+
+    def refresh(self) -> None:
+        """Bring here what has come further in the bucket; nothing goes there. Not collective."""
+        if self.bucket and (there := self.bucket.index()).names():
+            with self._locked():
+                here = self._index()
+                if here.step <= there.step:
+                    self._adopt(there)
 
     def pin(self, which: str, reason: str) -> Path:
         """Keep a checkpoint ("last", "best" or a name) for ever. Returns its folder. A save in flight is waited for."""
@@ -151,6 +171,8 @@ class Checkpoints:
 
     def _upload(self, bucket: Bucket, index: Index) -> None:
         try:
+            if self.log:
+                push_file(self.log)
             self._write_index(bucket.put(index))
         except UserError as error:
             raise UserError(
@@ -167,6 +189,8 @@ class Checkpoints:
             index = replace(ahead, pinned=there.pinned | here.pinned)
             self._adopt(index)
             if index != there:
+                if self.log:
+                    push_file(self.log)
                 self.bucket.put(index)
 
     def _spread(self) -> None:
@@ -183,7 +207,7 @@ class Checkpoints:
     def _adopt(self, index: Index) -> None:
         assert self.bucket
         self.bucket.take(index.names())
-        if index.names():
+        if index.names() or self.index.exists():
             self._write_index(index)
             self._prune()
 
@@ -233,8 +257,9 @@ def origin_of(location: str) -> Path:
     folder = working_copy(location) if is_remote(location) else Path(location).expanduser()
     if not exists(folder):
         raise UserError(f"{location} is not a checkpoint: there is nothing of that name")
-    folder = local_folder_copy(folder)
-    return Checkpoints(folder).find("best") or folder
+    checkpoints = Checkpoints(folder)
+    checkpoints.refresh()  # it may have been trained further on another node
+    return checkpoints.find("best") or local_folder_copy(folder)
 
 
 def load_weights(folder: Path, averaged: bool = True) -> dict[str, Tensor]:
@@ -270,11 +295,15 @@ def resume(networks: Networks, folder: Path, phase: str) -> Progress:
 
 def resume_optimizers(networks: Networks, folder: Path, progress: Progress) -> None:
     """Put optimiser states and averages where the checkpoint left them. Collective."""
-    state = read_state(folder)
-    tensors = read_tensors(folder, _OPTIMIZER, state)
+
+    def read() -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        state = read_state(folder)
+        averages = read_tensors(folder, _AVERAGE, state) if networks.averages else {}
+        return read_tensors(folder, _OPTIMIZER, state), averages
+
+    tensors, averages = agreed(read)
     for name, engine in networks.engines.items():
         engine.load_optimizer_state(_unflatten(tensors, name))
-    averages = read_tensors(folder, _AVERAGE, state) if networks.averages else {}
     for name, average in networks.averages.items():
         average.load(_part(averages, name), progress.ema_updates[name])
 

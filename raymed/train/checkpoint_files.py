@@ -59,18 +59,26 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: Path, name: str, state: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of one file. Raises UserError where it is not the file that was written."""
-    from safetensors.torch import load
+    """The tensors of one file, memory-mapped: the processes of a machine share what they only read.
+
+    Raises UserError where it is not the file that was written.
+    """
+    from safetensors.torch import load_file
 
     path = folder / name
-    if not path.is_file():
-        raise damaged(path, "it is missing")
-    data = path.read_bytes()
-    if len(data) != state["bytes"][name]:
-        raise damaged(path, f"it has {len(data)} bytes, and {state['bytes'][name]} were written")
-    if hashlib.sha256(data).hexdigest() != state["sha256"][name]:
+    if problem := misfit(path, state):
+        raise damaged(path, problem)
+    if _sha256(path) != state["sha256"][name]:
         raise damaged(path, f"its sha256 is not the one in {STATE}")
-    return load(data)
+    return load_file(path)
+
+
+def misfit(path: Path, state: dict[str, Any]) -> str | None:
+    """What is wrong with a file by its size alone, or None."""
+    if not path.is_file():
+        return "it is missing"
+    size, written = path.stat().st_size, state["bytes"][path.name]
+    return None if size == written else f"it has {size} bytes, and {written} were written"
 
 
 def damaged(path: Path, how: str) -> UserError:

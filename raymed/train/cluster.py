@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from raymed.config import UserError
 
@@ -102,6 +103,19 @@ def interface_of(address: str) -> str | None:
 
     found = (name for name, at in psutil.net_if_addrs().items() if any(a.address == address for a in at))
     return next(found, None)
+
+
+def fetched(reference: Any) -> Any:
+    """What a Ray task returned. A UserError that it raised is raised as it was, without Ray's traceback."""
+    import ray
+    from ray.exceptions import RayTaskError
+
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise
 
 
 def gpus_of(device: str) -> int:

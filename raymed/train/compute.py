@@ -123,13 +123,17 @@ class Compute:
     def prepare(self, module: nn.Module) -> nn.Module:
         """Onto the device, in the memory order asked for."""
         module = module.to(self.resolved_device())
-        return module.to(memory_format=torch.channels_last) if self.channels_last else module  # type: ignore[call-overload]
+        for tensor in (*module.parameters(), *module.buffers()) if self.channels_last else ():
+            if tensor.ndim == 4:  # images have four axes, volumes a memory order of their own
+                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+        return module
 
     def warn_where_useless(self, modules: list[nn.Module]) -> None:
         """Warn of options that do nothing for these networks on this machine."""
-        convolves = any(isinstance(m, nn.Conv2d) for module in modules for m in module.modules())
+        kinds = (nn.Conv2d, nn.ConvTranspose2d)
+        convolves = any(isinstance(m, kinds) for module in modules for m in module.modules())
         if self.channels_last and not convolves:
-            warnings.warn("compute.channels_last has no effect: no network here convolves", stacklevel=2)
+            warnings.warn("compute.channels_last has no effect: no network here convolves images", stacklevel=2)
         if self.precision == "bf16" and self.resolved_device().type == "cpu" and not _cpu_has_bf16():
             warnings.warn("compute.precision=bf16 saves no time here: this CPU computes bf16 in fp32", stacklevel=2)
 

@@ -214,7 +214,8 @@ def _initialize(module: nn.Module, optim: Optim, config: dict[str, Any]) -> Any:
 
 def _end(engine: Any, module: nn.Module) -> None:
     """Free the memory of a network whose engine is gone: DeepSpeed's hooks would keep it until the process ends."""
-    engine.destroy()
+    if torch.distributed.is_initialized():  # what holds the engine, an error on its way, may outlive the group
+        engine.destroy()
     zero3.forget(module)
 
 

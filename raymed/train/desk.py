@@ -11,8 +11,14 @@ from typing import Any
 class Desk:
     """The actor. Made by `open_desk`, one for each group of workers."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int) -> None:
+        """
+        Args:
+            size: of the group of workers.
+        """
         self._stop = asyncio.Event()
+        self._size, self._ready = size, 0
+        self._all_ready = asyncio.Event()
         self._workers: list[tuple[str, Any]] = []
         self._evaluations = 0
 
@@ -23,6 +29,13 @@ class Desk:
     async def workers(self) -> list[tuple[str, Any]]:
         """Those that have arrived, as (node id, actor)."""
         return self._workers
+
+    async def ready(self) -> None:
+        """A worker has what it needs; returns when all have."""
+        self._ready += 1
+        if self._ready == self._size:
+            self._all_ready.set()
+        await self._all_ready.wait()
 
     async def ask(self) -> None:
         """The workers are to stop after a checkpoint."""
@@ -41,11 +54,11 @@ class Desk:
         return self._evaluations
 
 
-def open_desk() -> Any:
-    """A desk on this node, which ends with this process."""
+def open_desk(size: int) -> Any:
+    """A desk on this node for so many workers, which ends with this process."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     actor: Any = ray.remote(Desk)
-    return actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1000).remote()
+    return actor.options(num_cpus=0, scheduling_strategy=here, max_concurrency=1000).remote(size)

@@ -115,14 +115,25 @@ class TorchEngine:
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:
-    """Mean of each gradient over the workers, in one flat all-reduce."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    """Mean of each gradient over the workers, in one flat all-reduce.
+
+    A parameter that this worker's losses have not reached counts as zeros; one that no worker's have keeps no gradient,
+    and the optimiser leaves it alone. How many have not reached each travels with the gradients.
+    """
+    parameters = list(parameters)
+    missing = [p.grad is None for p in parameters]
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
     with span(COMMUNICATION):
-        flat = torch.cat([g.flatten() for g in gradients])
+        counts = torch.tensor(missing, dtype=gradients[0].dtype, device=gradients[0].device)
+        flat = torch.cat([*(g.flatten() for g in gradients), counts])
         torch.distributed.all_reduce(flat)
         flat /= world_size()
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        *means, unreached = flat.split([*(g.numel() for g in gradients), len(parameters)])
+        for p, gradient, mean in zip(parameters, gradients, means, strict=True):
+            p.grad = gradient.copy_(mean.view_as(gradient))
+    if any(missing):  # else not asked for: a GPU would have to be waited for
+        for p, share in zip(parameters, unreached.tolist(), strict=True):
+            p.grad = None if share == 1 else p.grad
 
 
 def copied_state(module: nn.Module) -> dict[str, Tensor]:

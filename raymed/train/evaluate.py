@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raymed.data.dataset import Batch, DataSet
 from raymed.distributed import all_gather_object, rank, world_size
+from raymed.ledger import HOST_TO_DEVICE, span
 from raymed.metrics.meters import Meter
 from raymed.tasks.task import Phase
 from raymed.train.nets import Networks
@@ -30,12 +31,14 @@ class Feed:
 
     def batch(self, rows: np.ndarray) -> Batch:
         """The images of these rows, or what was cached in their place."""
-        if not self.cached:
-            return self.data.batch(rows).to(self.device)
+        batch = self._cached_batch(rows) if self.cached else self.data.batch(rows)
+        with span(HOST_TO_DEVICE):
+            return batch.to(self.device)
+
+    def _cached_batch(self, rows: np.ndarray) -> Batch:
         where = torch.as_tensor(rows)
         cached = {name: values[where] for name, values in self.cached.items()}
-        label, index = torch.as_tensor(self.data.labels[rows]), torch.as_tensor(self.data.rows[rows])
-        return Batch(None, label, index, cached).to(self.device)
+        return Batch(None, torch.as_tensor(self.data.labels[rows]), torch.as_tensor(self.data.rows[rows]), cached)
 
     def keep_frozen(self, phase: Phase, networks: Networks) -> None:
         """Compute what the untrained networks say of every image, once. Collective."""

@@ -19,6 +19,7 @@ from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
 from raymed.storage import Mirror, local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tracking.credentials import without_credentials
 from raymed.tracking.outbox import Outbox
 from raymed.train.budget import Budget, parse_duration
 from raymed.train.command import command_line
@@ -181,7 +182,7 @@ class Job:
             extra["repeat"] = self._compare(figures)
         mlflow = {"experiment": self.config.run.experiment, "run": self.tracker.run_id(self.key, timeout=60)}
         kept = {name: str(place) for name, place in paths.items()}
-        write_summary(path, self.kind, to_dict(self.config), figures, mlflow=mlflow, paths=kept, **extra)
+        write_summary(path, self.kind, _public(self.config), figures, mlflow=mlflow, paths=kept, **extra)
         outbox.artifact(path)
         outbox.close("FINISHED")
         for child, _ in self.children:  # what a used up budget has cut off
@@ -299,7 +300,7 @@ def _open_run(job: Job) -> None:
     code = git_state(Path(sys.argv[0]).parent)  # of the job's file, from wherever it is started
     tags |= {f"raymed.git.{name}": str(value) for name, value in code.items()}
     outbox = Outbox(job.folder / "tracking.jsonl")
-    outbox.open(job.key, job.name, None, to_dict(job.config), tags)
+    outbox.open(job.key, job.name, None, _public(job.config), tags)
     outbox.json(environment() | {"threads": job.config.compute.threads or torch.get_num_threads()}, ENVIRONMENT)
     outbox.text(installed_packages(), PACKAGES)
     write_atomic(job.folder / DATA, json.dumps(data_record(job.data)))
@@ -314,8 +315,16 @@ def _close_runs(job: Job, status: Any) -> None:
             outbox.close(status)
 
 
+def _public(config: Any) -> dict[str, Any]:
+    """A job's config as it may be read by others: without the password of a tracking URI."""
+    kept = to_dict(config)
+    if kept["run"]["tracking"]:
+        kept["run"]["tracking"] = without_credentials(kept["run"]["tracking"])
+    return kept
+
+
 def _claim(kind: str, config: Any) -> dict[str, Any]:
-    return {"job": kind, "hash": config_hash(config, _NOT_IDENTITY), "config": to_dict(config)}
+    return {"job": kind, "hash": config_hash(config, _NOT_IDENTITY), "config": _public(config)}
 
 
 def _write_claim(job: Job) -> None:

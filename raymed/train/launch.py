@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from raymed.config import UserError, replace
 from raymed.tasks.task import Phase
-from raymed.train.cluster import connected, gpus_of, require
+from raymed.train.cluster import connected, fetched, gpus_of, require
 from raymed.train.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
 from raymed.train.job import Job, show_progress
 from raymed.train.loop import Interrupted
@@ -121,7 +121,7 @@ def _where_it_runs(units: Sequence[Unit], look: Callable[[Unit, int | None], T])
         return look(units[0], None)
     cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
     require(cpus, gpus, advice=ADVICE)
-    return ray.get(ray.remote(num_cpus=cpus, num_gpus=gpus)(look).remote(units[0], cpus))
+    return fetched(ray.remote(num_cpus=cpus, num_gpus=gpus)(look).remote(units[0], cpus))
 
 
 def _plan(unit: Unit, threads: int | None) -> PlanReport:
@@ -178,7 +178,7 @@ def _run_wave(job: Job, todo: Sequence[Unit]) -> bool:
             if job.interrupted():
                 raise KeyboardInterrupt
             for reference in done:
-                _announce(running.pop(reference), ray.get(reference), len(todo) - len(running), len(todo), began)
+                _announce(running.pop(reference), fetched(reference), len(todo) - len(running), len(todo), began)
             if running and job.budget.exhausted():
                 for reference in running:
                     ray.cancel(reference, force=True)
@@ -199,7 +199,8 @@ def trials_on_a_gpu(unit: Unit, at_most: int) -> int:
     import ray
 
     measured = ray.remote(num_cpus=1, num_gpus=1)(_peak_and_total).remote(unit)
-    return trials_per_gpu(*ray.get(measured), at_most)
+    peak, total = fetched(measured)
+    return trials_per_gpu(peak, total, at_most)
 
 
 def _peak_and_total(unit: Unit) -> tuple[int, int]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.sampling import BalancedSampler, RandomSampler
-from raymed.distributed import rank, world_size
+from raymed.distributed import agreed, rank, world_size
 from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger, span
 from raymed.random import derive
 from raymed.tasks.task import Loss, Phase, Step
@@ -118,7 +118,8 @@ class Fit:
 
     def checkpoints(self, phase: str) -> Checkpoints:
         """The checkpoints of a phase."""
-        return Checkpoints(self.folder / "checkpoints" / phase, self.compute.keep_checkpoints)
+        log = self.outbox.path if self.outbox else None
+        return Checkpoints(self.folder / "checkpoints" / phase, self.compute.keep_checkpoints, log)
 
     def best(self) -> tuple[Networks, Feed]:
         """The last phase's networks at its best checkpoint (averages in place), and batches for them. Collective."""
@@ -211,7 +212,7 @@ class _PhaseRun:
         self.checkpoints.pull()
         last = self.checkpoints.find("last")
         self.networks = Networks(self.phase, self.fit.seed, self.fit.compute)
-        self.progress = resume(self.networks, last, self.phase.name) if last else self._begin()
+        self.progress = agreed(lambda: resume(self.networks, last, self.phase.name) if last else self._begin())
         if self.progress.finished:
             return
         self.networks.build_engines(self.phase.steps)

@@ -22,9 +22,13 @@ class OutOfMemory(Exception):
     """A training step needed more memory than there is."""
 
 
+class WorkerFailed(UserError):
+    """One of several workers cannot go on, and the others do not know: its process is to end, which they notice."""
+
+
 @contextmanager
 def noticed(phase: Phase, step: int) -> Iterator[None]:
-    """Within: an allocation of torch's that fails becomes OutOfMemory, or with several workers a UserError.
+    """Within: an allocation of torch's that fails becomes OutOfMemory, or with several workers WorkerFailed.
 
     Workers cannot agree to go on: while one has failed, the others wait in a collective that it will never join.
     """
@@ -35,7 +39,7 @@ def noticed(phase: Phase, step: int) -> Iterator[None]:
             raise
         what = f"out of memory at step {step + 1} of phase {phase.name}"
         if world_size() > 1:
-            raise UserError(f"{what} on worker {rank()}: {_advice(phase)}") from None
+            raise WorkerFailed(f"{what} on worker {rank()}: {_advice(phase)}") from None
         raise OutOfMemory(what) from None
 
 

@@ -121,11 +121,17 @@ class PhasePlan:
         """Bytes of one worker's device: states, buffers, activations, and what a process takes beside its tensors."""
         states = sum(self.memory(network, place, workers, accumulate).total for network in self.sizes)
         images = self.phase.batch_size / (accumulate or self.phase.accumulate) / (workers or self.workers)
-        return states + round(self.activations * min(1.0, math.ceil(images) / self.micro_batch)) + CONTEXT
+        training = states + round(self.activations * min(1.0, math.ceil(images) / self.micro_batch))
+        return max(training, self.whole) + CONTEXT
 
     def states(self, place: Place) -> int:
         """Bytes of one worker's device that nothing can do without."""
-        return sum(self.memory(network, place).states for network in self.sizes)
+        return max(sum(self.memory(network, place).states for network in self.sizes), self.whole)
+
+    @property
+    def whole(self) -> int:
+        """Bytes of all networks as they are built on every device, before stage 3 cuts them, and as they are scored."""
+        return sum(sizes.whole_bytes for sizes in self.sizes.values())
 
     def sent(self, place: Place, workers: int) -> float:
         """Bytes that each of so many workers sends a step."""
@@ -333,6 +339,28 @@ def check_fits(phases: Sequence[Phase], compute: Compute) -> list[str]:
     return warnings
 
 
+def check_group_fits(phases: Sequence[Phase], compute: Compute, workers: int) -> None:
+    """Raises UserError where a group that has shrunk to so many workers has no room for what more of them share: each
+    keeps a larger piece then, and plain torch, which has charge of a single one, cuts nothing.
+
+    To be called where the workers will run.
+    """
+    memory, name = _memory(compute)
+    plain = {"zero_stage": 0, "network_stages": (), "offload": False}
+    smaller = dataclasses.replace(
+        compute, workers=workers, min_workers=None, **(plain if compute.resolved_engine(workers) == "torch" else {})
+    )
+    place = asked_place(smaller)
+    for phase in phases:
+        needed = PhasePlan(phase, sizes_of(phase), smaller, None).needed(place)
+        if needed > memory:
+            raise UserError(
+                f"compute.min_workers is {workers}, but with so many phase {phase.name} needs {in_bytes(needed)} of "
+                f"every worker's device at {place}, without activations, and {name} has {in_bytes(memory)}: set it "
+                "higher, or leave it out"
+            )
+
+
 def asked_place(compute: Compute) -> Place:
     """Where a run's states lie: plain torch replicates them, and a CPU has nowhere else to put them."""
     if compute.resolved_engine(compute.workers) == "torch":
@@ -345,9 +373,10 @@ def refusal(phase: PhasePlan, place: Place, memory: int, device: str) -> str | N
     states = phase.states(place)
     if states <= memory:
         return None
+    what = "without activations" if states > phase.whole else "as they are built, before they are cut"
     return (
         f"phase {phase.phase.name} cannot fit: its {phase.trained / 1e9:.3g} billion trained parameters take "
-        f"{in_bytes(states)} on every worker at {place}, without activations, and {device} has {in_bytes(memory)}"
+        f"{in_bytes(states)} on every worker at {place}, {what}, and {device} has {in_bytes(memory)}"
     )
 
 

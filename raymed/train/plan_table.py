@@ -15,6 +15,7 @@ _LINKS = (
     "weak scaling: speed of so many GPUs with as many images each, of that many times one, were a step as long as "
     "here; NVLink of 450 GB/s, InfiniBand of 50 and Ethernet of 3.1 GB/s a GPU"
 )
+_CUT = "ZeRO 3: networks are built, and scored, whole on every device; it needs room for their weights at least"
 _NAMES = {
     "weights": "weights",
     "fixed": "frozen, statistics",
@@ -42,6 +43,8 @@ def lines(report: "PlanReport") -> list[str]:
                 console.print(Padding(line, (0, 0, 0, 2), expand=False))
         if any(phase.cost for phase in report.phases):
             console.print(f"\n{_LINKS}")
+        if any(place.stage == 3 for place in report.places):
+            console.print(f"\n{_CUT}")
         console.print(f"\n[bold]advice[/]  {report.advice}")
     return capture.get().rstrip("\n").split("\n")
 

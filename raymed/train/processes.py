@@ -35,7 +35,9 @@ from raymed.distributed import all_gather_object
 from raymed.storage import lock, remote_of
 from raymed.train.compute import Compute
 from raymed.train.loop import Evaluation, Interrupted
-from raymed.train.unit import Unit, UnitRun, unit_data
+from raymed.train.memory import WorkerFailed
+from raymed.train.peers import collective_timeout, is_loss, load_in_turn
+from raymed.train.unit import Unit, UnitRun
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _RAY = ("RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR")  # of Ray's workers, and of drivers of submitted jobs
@@ -202,6 +204,7 @@ class _Mesh:
                 store=dist.PrefixStore("group", self.store),
                 rank=self.world.rank,
                 world_size=self.world.size,
+                timeout=collective_timeout(),
                 device_id=device if on_gpu else None,
             )
             self.loading = dist.new_group(backend="gloo", timeout=_LOADING)
@@ -241,14 +244,9 @@ class _Mesh:
 
 
 def _loaded(unit: Unit, interrupted: Callable[[], bool]) -> UnitRun:
-    """One process of a machine at a time loads the data: the first decodes them, the others find them decoded."""
-    from filelock import FileLock
-
     if not unit.folder.is_dir() and remote_of(unit.folder) is None:
         raise UserError(f"{unit.folder} is not on {socket.gethostname()}: give a --storage that all machines share")
-    unit.cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(unit.cache / "loading.lock"):
-        unit_data(unit)
+    load_in_turn(unit)
     return UnitRun(unit, interrupted)
 
 
@@ -316,7 +314,7 @@ def train_together(
         try:
             return _train(_mesh, unit, interrupted, report)
         except RuntimeError as error:
-            if not _is_loss(error):
+            if not is_loss(error):
                 raise
             raise UserError(
                 f"another process of this job has ended while {unit.name} trained ({_first_line(error)}): its own "
@@ -358,20 +356,17 @@ def follow() -> int:
 
 
 def _train_as_told(mesh: _Mesh, unit: Unit, interrupted: Callable[[], bool]) -> None:
-    """What stops all ranks alike, or comes from the loss of another, is rank 0's to tell."""
+    """What stops all ranks alike, or comes from the loss of another, is rank 0's to tell. What fails here alone ends
+    this process: the others wait for it in a collective."""
     try:
         _train(mesh, unit, interrupted, lambda evaluation: None)
+    except WorkerFailed:
+        raise
     except (UserError, Interrupted):
         return
     except RuntimeError as error:
-        if not _is_loss(error):
+        if not is_loss(error):
             raise
-
-
-def _is_loss(error: RuntimeError) -> bool:
-    if isinstance(error, dist.DistNetworkError | dist.DistBackendError):
-        return True
-    return any(text in str(error) for text in ("Connection closed by peer", "Connection reset by peer", "Broken pipe"))
 
 
 def _first_line(error: BaseException) -> str:

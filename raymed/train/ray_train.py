@@ -9,6 +9,7 @@ succeed, and resize a group by killing it.
 
 import json
 import os
+import re
 import tempfile
 import threading
 import time
@@ -22,11 +23,13 @@ from raymed.config import UserError
 from raymed.distributed import rank
 from raymed.storage import lock
 from raymed.train.budget import Budget
-from raymed.train.cluster import gpus_of, require
+from raymed.train.cluster import fetched, gpus_of, require
 from raymed.train.desk import open_desk
 from raymed.train.elastic import group_sizes
 from raymed.train.job import show_progress
 from raymed.train.loop import Interrupted
+from raymed.train.peers import collective_timeout, is_loss, load_in_turn
+from raymed.train.plan import check_group_fits
 from raymed.train.room import (
     Bundle,
     Nodes,
@@ -40,6 +43,7 @@ from raymed.train.unit import Unit, UnitRun, phases_of, unit_data
 
 _FAILURES = 3  # in a row and without an evaluation between them: then the training has failed
 _LOOK = 1.0  # seconds between two looks at nodes and budget
+_SOURCE = re.compile(r"\[?\S*/\S+\.(?:cc|cpp|cu|h|hpp):\d+\]?[,:]?\s*")  # where a message of torch's comes from
 _FENCE = 120.0  # seconds for which a new first worker waits for an old one to die; a lease of NFS is 90
 
 
@@ -51,17 +55,24 @@ def train_with_workers(unit: Unit, budget: Budget, interrupted: Callable[[], boo
     taken away goes, the state is saved.
 
     Returns whether the unit is finished: False when the budget is used up. Raises UserError where the cluster is too
-    small and stays so, and for what a worker found wrong with what the user gave; Interrupted when `interrupted` says
-    so, after a checkpoint; the error of the workers that failed three times in a row without an evaluation between.
+    small and stays so, for what a worker found wrong with what the user gave, and where workers died three times in a
+    row without an evaluation between; Interrupted when `interrupted` says so, after a checkpoint; the error of workers
+    that failed so often for another reason.
     """
+    import ray
+
     compute = unit.compute
     sizes = [compute.workers]
+    phases = phases_of(unit, unit_data(unit)) if compute.min_workers is not None else ()
     if compute.min_workers is not None:
-        sizes = group_sizes(phases_of(unit, unit_data(unit)), compute.workers, compute.min_workers)
+        sizes = group_sizes(phases, compute.workers, compute.min_workers)
     gpus = gpus_of(compute.device)
     require(
         compute.cpus_per_worker, gpus, at_least=sizes[-1], advice="lower --compute.workers or --compute.cpus-per-worker"
     )
+    if len(sizes) > 1 and (compute.zero_stage or compute.network_stages):
+        check = ray.remote(num_cpus=compute.cpus_per_worker, num_gpus=gpus)(check_group_fits)
+        fetched(check.remote(phases, compute, sizes[-1]))
     bundle = {"CPU": float(compute.cpus_per_worker)} | ({"GPU": 1.0} if gpus else {})
     return _Training(unit, budget, interrupted, sizes, bundle).run()
 
@@ -76,8 +87,8 @@ class _Training:
     sizes: list[int]
     bundle: Bundle
     nodes: Nodes = field(default_factory=Nodes)
-    failures: int = 0
-    """In a row, without an evaluation between."""
+    deaths: list[bool] = field(default_factory=list)
+    """Of each failure in a row, without an evaluation or a lost node between: whether a worker died."""
 
     def run(self) -> bool:
         while self.unit.result() is None:
@@ -128,16 +139,35 @@ class _Training:
         if group.error is None:
             if reason is None:
                 raise UserError(f"the workers of {self.unit.name} ended without a result")
-            self.failures = 0
-            print(f"{self.unit.name}: {reason}; the state is saved at {group.ended}, and it goes on", flush=True)
+            self.deaths = []
+            then = "" if self._over() else ", and it goes on"
+            print(f"{self.unit.name}: {reason}; the state is saved at {group.ended}{then}", flush=True)
             return
         if isinstance(group.error, UserError):
             raise group.error
-        self.failures = 1 if group.evaluations else self.failures + 1
-        if self.failures >= _FAILURES:
-            raise group.error
-        what = f"node lost: {', '.join(lost)}" if lost else _what_failed(group.error)
+        what = f"node lost: {', '.join(lost)}" if lost else what_failed(group.error)
+        if self._over():
+            print(f"{self.unit.name}: {what}; the last checkpoint is kept", flush=True)
+            return
+        self._count(group, what, bool(lost))
         print(f"{self.unit.name}: {what}; it goes on from the last checkpoint", flush=True)
+
+    def _count(self, group: "_Group", what: str, lost: bool) -> None:
+        """One failure more; raises what has failed too often. Nodes may be lost as often as there are new ones."""
+        assert group.error
+        self.deaths = [] if lost or group.evaluations else self.deaths
+        if not lost:
+            self.deaths.append(is_death(group.error))
+        if len(self.deaths) < _FAILURES:
+            return
+        if not all(self.deaths):
+            raise group.error
+        raise UserError(
+            f"{self.unit.name}: workers died {_FAILURES} times in a row without an evaluation between, last: {what}. "
+            "The machine may lack memory (`dmesg` says whom the kernel killed): lower the stage's batch_size or raise "
+            "its accumulate, or put fewer workers on a machine with --compute.cpus-per-worker. The same command "
+            "continues from the last checkpoint"
+        )
 
 
 class _Group:
@@ -153,7 +183,7 @@ class _Group:
     def __enter__(self) -> "_Group":
         self._began = time.monotonic()
         self._before = placement_groups()
-        self._desk = open_desk()
+        self._desk = open_desk(self.size)
         self._thread = threading.Thread(target=self._fit, name="ray-train", daemon=True)
         self._thread.start()
         return self
@@ -213,24 +243,25 @@ class _Group:
         from ray.train.torch import TorchConfig, TorchTrainer
 
         gpu = "GPU" in self.bundle
-        with tempfile.TemporaryDirectory(prefix="raymed-") as folder:  # nothing that Ray keeps is used
-            trainer = TorchTrainer(
-                _worker,
-                train_loop_config={"unit": self.unit, "desk": self._desk},
-                torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-                scaling_config=ScalingConfig(
-                    num_workers=self.size, use_gpu=gpu, resources_per_worker={"CPU": self.bundle["CPU"]}
-                ),
-                run_config=RunConfig(
-                    storage_path=folder,
-                    failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0),
-                    logging_config=LoggingConfig("CRITICAL"),  # what failed, our own lines say,
-                ),
-            )
-            try:
+        timeout = int(collective_timeout().total_seconds())
+        try:
+            with tempfile.TemporaryDirectory(prefix="raymed-") as folder:  # nothing that Ray keeps is used
+                trainer = TorchTrainer(
+                    _worker,
+                    train_loop_config={"unit": self.unit, "desk": self._desk},
+                    torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=timeout),
+                    scaling_config=ScalingConfig(
+                        num_workers=self.size, use_gpu=gpu, resources_per_worker={"CPU": self.bundle["CPU"]}
+                    ),
+                    run_config=RunConfig(
+                        storage_path=folder,
+                        failure_config=FailureConfig(0, controller_failure_limit=0, max_preemption_failures=0),
+                        logging_config=LoggingConfig("CRITICAL"),  # what failed, our own lines say
+                    ),
+                )
                 self.ended = trainer.fit().return_value or ""
-            except BaseException as error:
-                self.error = _unwrapped(error)
+        except BaseException as error:
+            self.error = _unwrapped(error)
 
 
 def _unwrapped(error: BaseException) -> BaseException:
@@ -241,15 +272,33 @@ def _unwrapped(error: BaseException) -> BaseException:
     return error
 
 
-def _what_failed(error: BaseException) -> str:
+def is_death(error: BaseException) -> bool:
+    """Whether what ended a group is that workers died."""
+    failures = getattr(error, "worker_failures", {}).values()
+    return bool(failures) and all(_has_died(failure) or is_loss(failure) for failure in failures)
+
+
+def what_failed(error: BaseException) -> str:
     """In a line. Where a worker died, the others fail too, in a collective: that is not worth telling."""
     failures = getattr(error, "worker_failures", {})
-    dead = [str(number) for number, failure in failures.items() if "HealthCheck" in type(failure).__name__]
-    if dead:
-        return f"worker {', '.join(dead)} died"
-    number, failure = next(iter(failures.items()), (None, error))
+    if dead := [_death(number, failure) for number, failure in failures.items() if _has_died(failure)]:
+        return ", ".join(dead)
+    if is_death(error):
+        return f"a worker died (worker {min(failures)} has lost its connection to another)"
+    number, failure = next(((n, f) for n, f in failures.items() if not is_loss(f)), (None, error))
     who = "Ray Train" if number is None else f"worker {number}"
-    return f"{who} failed ({type(failure).__name__}: {(str(failure).strip() or 'no message').splitlines()[0]})"
+    line = _SOURCE.sub("", (str(failure).strip() or "no message").splitlines()[0])
+    return f"{who} failed ({type(failure).__name__}: {line})"
+
+
+def _has_died(failure: BaseException) -> bool:
+    return "HealthCheck" in type(failure).__name__  # a class of Ray Train's own
+
+
+def _death(number: int, failure: BaseException) -> str:
+    """Which process that was, where Ray says so."""
+    told = dict(re.findall(r"^\t(pid|ip): (\S+)$", str(failure), re.MULTILINE))
+    return f"worker {number} died" + (f" (PID {told['pid']} on {told.get('ip')})" if "pid" in told else "")
 
 
 def _grow_after() -> float:
@@ -266,6 +315,8 @@ def _worker(config: dict) -> str:
     asked = desk.asked.remote()  # has a value when the driver asks, and an error when it is gone
     show = show_progress(unit.name)
     with _alone(unit.folder) if rank() == 0 else ExitStack():
+        load_in_turn(unit)
+        ray.get(desk.ready.remote())  # for hours if need be, which no collective would wait
         run = UnitRun(unit, lambda: bool(ray.wait([asked], timeout=0)[0]))
         try:
             for evaluation in run.evaluations():

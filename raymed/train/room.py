@@ -15,7 +15,7 @@ from raymed.config import UserError
 Bundle = dict[str, float]
 
 _TELL_AFTER = 3.0  # seconds: what has just ended is free a moment later
-_TRY = 2.0  # seconds in which a place that is there is found
+_TRY = 2.0  # seconds in which a place that is there is found, and in which Ray counts what has become free
 _LOOK = 0.5  # seconds between two looks
 
 
@@ -43,7 +43,9 @@ def await_room(bundle: Bundle, sizes: Sequence[int], seen: "Nodes", over: Callab
     missing.
     """
     began, told = time.monotonic(), False
-    while not (size := _largest(bundle, sizes)):
+    while not (size := _largest(bundle, sizes, over)):
+        if over():
+            return None
         with place(bundle, sizes[-1]) as group:
             while not group.wait(_LOOK):
                 waited = time.monotonic() - began
@@ -63,13 +65,27 @@ def await_room(bundle: Bundle, sizes: Sequence[int], seen: "Nodes", over: Callab
     return size
 
 
-def _largest(bundle: Bundle, sizes: Sequence[int]) -> int | None:
-    """The largest group that finds its place at once. The smallest is left to who waits for it."""
-    for size in sizes:
+def _largest(bundle: Bundle, sizes: Sequence[int], over: Callable[[], bool]) -> int | None:
+    """The largest group that finds its place at once; None if there is none, or `over` says so. Only those are tried
+    that the free resources would suffice for, all nodes taken together."""
+    until = time.monotonic() + _TRY
+    while (most := _free(bundle)) < sizes[0] and time.monotonic() < until and not over():
+        time.sleep(0.1)
+    for size in (size for size in sizes if size <= most):
         with place(bundle, size) as group:
+            if over():
+                return None
             if group.wait(_TRY):
                 return size
     return None
+
+
+def _free(bundle: Bundle) -> int:
+    """How many bundles the free resources of all nodes would make."""
+    import ray
+
+    free = ray.available_resources()
+    return min(int(free.get(kind, 0) / amount + 1e-6) for kind, amount in bundle.items())
 
 
 class Nodes:

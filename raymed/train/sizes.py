@@ -14,6 +14,8 @@ move a flat fp32 copy of the weights, though these are fp32 already. Stages 1 an
 where a reduce would do, and then gather the new weights. Stage 3 keeps what it gathered for the forward pass until the
 backward pass, up to a billion elements, and beyond gathers twice; small parameters stay whole beside their pieces and
 are gathered once a step. The formulas are DeepSpeed 0.19's, checked against its real tensors and collectives.
+
+Networks are built whole on every device, and cut then: 4 E is needed at any stage, and once at stage 3.
 """
 
 import dataclasses
@@ -46,6 +48,11 @@ class Sizes:
     def trained(self) -> int:
         """Elements in all trained parameters."""
         return sum(map(sum, self.groups))
+
+    @property
+    def whole_bytes(self) -> int:
+        """Of the network as it is built, before stage 3 cuts it."""
+        return _FLOAT * self.trained + self.fixed_bytes
 
     @property
     def small(self) -> int:

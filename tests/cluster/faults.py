@@ -11,22 +11,29 @@ import runpy
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import psutil
 import pytest
 import torch
+import tyro
 from nodes import Driver, Node, wait_for
 
 from raymed.data.phantoms import write_hsg
+from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.mlflow import resolve_uri
 from raymed.tracking.outbox import Outbox, read
 from raymed.train.checkpoint import Checkpoints, load_weights
 from raymed.train.checkpoint_files import read_state, read_tensors
 from raymed.train.checkpoint_index import step_of
+from raymed.train.compute import Compute
+from raymed.train.unit import Unit, train_unit
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_classifier.py"
 STEPS = 360  # unless a test says otherwise
@@ -34,10 +41,11 @@ EVALUATIONS = 6  # and as many checkpoints
 PATIENCE = 300.0  # seconds for whatever a busy machine may take long for
 MARK = "TEST_OF_FAULTS"
 TWO = "--compute.workers=2"
-_FLAGS = (
-    "--name=run --method=asl --data.positive=occluded --data.deidentified --data.preprocess.size=16 --model.norm=group "
+T = TypeVar("T")
+_RECIPE = (
+    "--method=asl --data.positive=occluded --data.deidentified --data.preprocess.size=16 --model.norm=group "
     f"--single.evaluations={EVALUATIONS} --single.batch-size=16 --single.accumulate=2 "
-    "--single.optim.name=sgd --single.optim.lr=1e-2 --single.optim.clip=0.02 --compute.threads=1"
+    "--single.optim.name=sgd --single.optim.lr=1e-2 --single.optim.clip=0.02"
 ).split()  # gentle: with more, the last bit of a sum grows a hundredfold
 
 
@@ -60,10 +68,15 @@ class Training:
         return self.steps // EVALUATIONS
 
     @property
+    def recipe(self) -> list[str]:
+        """What is trained, as flags."""
+        return [*_RECIPE, f"--single.steps={self.steps}", f"--data.manifest={self.manifest}"]
+
+    @property
     def arguments(self) -> list[str]:
         """Of its command."""
-        own = [f"--storage={self.url or self.storage}", f"--data.manifest={self.manifest}"]
-        return [*_FLAGS, f"--single.steps={self.steps}", *own, *self.flags]
+        where = ["--name=run", "--compute.threads=1", f"--storage={self.url or self.storage}"]
+        return [*self.recipe, *where, *self.flags]
 
     @property
     def unit(self) -> Path:
@@ -104,17 +117,32 @@ class Training:
         assert len(steps) == len(set(steps)), "a step counts twice"
         return {record["step"]: record["values"]["single/loss"] for record in records}
 
-    def reaches(self, step: int, driver: Driver | None = None) -> None:
-        """Wait until it has done so many steps; where `driver` is given, that must not end before."""
-        ended = driver.process.poll if driver else lambda: None
-        said = driver.said if driver else str
-        wait_for(lambda: max(self.losses(), default=0) >= step or ended() is not None, PATIENCE, f"step {step}{said()}")
-        assert ended() is None, f"it ended before step {step}:\n{said()}"
+    def reaches(self, step: int, driver: Driver | None = None, over: Callable[[], bool] = lambda: False) -> None:
+        """Wait until it has done so many steps, which must be before its driver has ended, or `over` says so."""
+
+        def ended() -> bool:
+            return over() or (driver is not None and driver.process.poll() is not None)
+
+        wait_for(lambda: ended() or max(self.losses(), default=0) >= step, PATIENCE, f"step {step} of {self.unit}")
+        assert not ended(), f"it ended before step {step}: {driver.said() if driver else ''}"
 
     def saved(self) -> int:
         """The step of its last whole checkpoint; -1 where there is none."""
         last = Checkpoints(self.checkpoints).find("last")
         return step_of(last.name) if last else -1
+
+
+def beside(work: Callable[[], None], strike: Callable[[Callable[[], bool]], T]) -> T:
+    """Do some work, and strike in a thread meanwhile; `strike` gets a function that says whether the work is over.
+    Returns what it returns."""
+    over = threading.Event()
+    with ThreadPoolExecutor(1) as outside:
+        struck = outside.submit(strike, over.is_set)
+        try:
+            work()
+        finally:
+            over.set()
+    return struck.result()
 
 
 def images(factory: pytest.TempPathFactory) -> Path:
@@ -124,10 +152,12 @@ def images(factory: pytest.TempPathFactory) -> Path:
 
 
 def undisturbed(factory: pytest.TempPathFactory, steps: int = STEPS) -> Training:
-    """The run that nothing disturbs, in one plain process; trained once for all tests."""
+    """The run that nothing disturbs: only its unit, in this process; trained once for all tests."""
     training = Training(factory.getbasetemp() / "faults" / f"undisturbed-{steps}", images(factory), None, (), steps)
-    if not (training.unit / "result.json").exists():
-        training.here()
+    recipe = tyro.cli(ClassifierRecipe, args=training.recipe, config=(tyro.conf.AvoidSubcommands,))
+    threads, cache, name = torch.get_num_threads(), training.storage / "cache", "undisturbed"
+    train_unit(Unit(recipe, 2023, training.unit, name, name, None, cache, Compute(threads=1)))
+    torch.set_num_threads(threads)
     return training
 
 

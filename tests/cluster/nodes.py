@@ -47,7 +47,7 @@ class Node:
 
     def workers(self, title: str = "RayTrainWorker") -> list[psutil.Process]:
         """Those of its processes that run such an actor, by the title that Ray gives them."""
-        return [p for p in self.processes() if title in _title(p)]
+        return [p for p in self.processes() if title in title_of(p)]
 
     def kill(self) -> None:
         """SIGKILL to all of it at once, as a machine that loses its power; returns when it is dead."""
@@ -207,7 +207,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _title(process: psutil.Process) -> str:
+def title_of(process: psutil.Process) -> str:
+    """Its command line, which Ray replaces; "" of one that is gone."""
     with suppress(psutil.NoSuchProcess):
         return " ".join(process.cmdline())
     return ""

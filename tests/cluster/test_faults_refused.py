@@ -1,11 +1,15 @@
 """What can only go wrong is refused by the job with one clear message and exit code 2."""
 
+import os
+import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from faults import Training, images
+from faults import Training, beside, images
 
 from raymed.storage import working_copy
+from raymed.train.checkpoint import Checkpoints
 
 
 def refused(training: Training, capsys) -> str:
@@ -50,55 +54,63 @@ def test_a_bucket_that_cannot_be_used(s3, monkeypatch, tmp_path_factory, capsys,
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Training:
-    """A run that has trained, and was killed before it wrote its result."""
-    training = Training(tmp_path_factory.mktemp("trained"), images(tmp_path_factory), None, (), 12)
-    training.here()
-    (training.unit / "result.json").unlink()
+def stopped(tmp_path_factory) -> Training:
+    """A run that Ctrl-C has stopped after its first checkpoint."""
+    training = Training(tmp_path_factory.mktemp("stopped"), images(tmp_path_factory), None, ())
+
+    def interrupt(over: Callable[[], bool]) -> None:
+        training.reaches(training.every + 1, over=over)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(SystemExit) as ended:
+        beside(training.here, interrupt)
+    assert ended.value.code == 130
     return training
 
 
-def test_a_name_that_belongs_to_another_run(trained, capsys):
-    before = files(trained.unit)
-    other = Training(trained.storage, trained.manifest, None, ("--single.optim.lr=0.5", "--model.norm=batch"), 12)
+def test_a_name_that_belongs_to_another_run(stopped, capsys):
+    before = files(stopped.unit)
+    other = Training(stopped.storage, stopped.manifest, None, ("--single.optim.lr=0.5", "--model.norm=batch"))
 
     message = refused(other, capsys)
 
     assert "run 'run' exists with another config (model.norm was 'group' and is 'batch', single.optim.lr was" in message
     assert "choose another --name" in message
-    assert files(trained.unit) == before
+    assert files(stopped.unit) == before
 
 
 @pytest.mark.parametrize("file", ["weights.safetensors", "optimizer.safetensors", "average.safetensors", "state.json"])
-def test_a_checkpoint_with_a_flipped_byte(trained, capsys, file):
-    path = trained.checkpoints / "step-000012" / file
+def test_a_checkpoint_with_a_flipped_byte(stopped, capsys, file):
+    last = Checkpoints(stopped.checkpoints).find("last")
+    assert last
+    path = last / file
     whole = path.read_bytes()
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-    before = files(trained.checkpoints)
+    before = files(stopped.checkpoints)
     try:
-        message = refused(trained, capsys)
+        message = refused(stopped, capsys)
     finally:
         path.write_bytes(whole)
 
     assert f"{path} is damaged: " in message and f"Remove that checkpoint, the folder {path.parent}" in message
     assert "the run goes on from the one before" in message
-    assert {**before, path: whole} == files(trained.checkpoints)
+    assert {**before, path: whole} == files(stopped.checkpoints)
 
 
-def test_a_checkpoint_of_another_model(trained, tmp_path, capsys):
+def test_a_checkpoint_of_another_model(stopped, tmp_path, capsys):
     """It has come into the folder of this run, by whatever mistake."""
-    other = Training(tmp_path, trained.manifest, None, ("--model.norm=batch",), 12)
+    other = Training(tmp_path, stopped.manifest, None, ("--model.norm=batch",), 12)
     other.here()
-    own = trained.checkpoints.rename(trained.checkpoints.with_name("own"))
-    other.checkpoints.rename(trained.checkpoints)
-    before = files(trained.checkpoints)
+    own = stopped.checkpoints.rename(stopped.checkpoints.with_name("own"))
+    other.checkpoints.rename(stopped.checkpoints)
+    before = files(stopped.checkpoints)
     try:
-        message = refused(trained, capsys)
-        assert files(trained.checkpoints) == before
+        message = refused(stopped, capsys)
+        assert files(stopped.checkpoints) == before
     finally:
-        trained.checkpoints.rename(other.checkpoints)
-        own.rename(trained.checkpoints)
+        stopped.checkpoints.rename(other.checkpoints)
+        own.rename(stopped.checkpoints)
 
-    assert f"{trained.checkpoints / 'step-000012'} is a checkpoint of another model: " in message
+    assert f"{stopped.checkpoints / 'step-000012'} is a checkpoint of another model: " in message
     assert "running_mean" in message and "wanted" in message

@@ -1,6 +1,7 @@
 """What checkpoints are kept in fails: an S3 server in the middle of an upload, and a disk that is full."""
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,12 +46,12 @@ def test_the_s3_server_is_killed_in_an_upload(nodes, s3, tmp_path_factory):
     wait_for(lambda: there().step == training.saved(), PATIENCE, "a checkpoint in the bucket")
     before = training.saved()
     s3.pause()
+    assert training.saved() == before, "the next checkpoint came before the server was frozen"
     wait_for(lambda: training.saved() > before, PATIENCE, "the next checkpoint")
     during = training.saved()
     s3.kill()
     training.reaches(during + training.every // 2, driver)  # it does not wait for the upload
     s3.restart()
-    assert there().step == before, "the upload was over before the server died"
 
     assert driver.wait(PATIENCE) == 0, driver.said()
     assert "does not answer" in driver.said() and "Traceback" not in driver.said()
@@ -78,29 +79,42 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", unit], check=True)
 
 
-def test_the_disk_is_full_at_a_checkpoint(nodes, small_disk, tmp_path_factory):
-    """One message, nothing half-written; when there is room again the same command finishes."""
+def test_the_disk_is_full(nodes, small_disk, tmp_path_factory):
+    """First with room for half a checkpoint, then with none: each time one message, and nothing half-written. The same
+    command finishes when there is room again."""
     training = Training(small_disk, images(tmp_path_factory))
-    driver = nodes.driver(JOB, *training.arguments)
+    checkpoints, outbox = re.escape(str(training.checkpoints)), re.escape(str(training.outbox))
 
-    training.reaches(fault_step("disk"), driver)
-    size = sum(path.stat().st_size for path in next(training.checkpoints.glob("step-*")).iterdir())
-    ballast, saved = training.unit / "ballast", training.saved()
-    with ballast.open("wb") as file:  # half a checkpoint still fits, and what the run says
-        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(training.unit).free - size // 2)
+    saved = _fill_at(
+        fault_step("disk"), training, nodes, 0.5, rf"the checkpoint of step \d+ cannot be written to {checkpoints}: it "
+    )
+    step = max(training.losses()) + training.every // 2
+    _fill_at(step, training, nodes, 0, f"the disk of {outbox} is full: make room; the same command ")
+
+    again = nodes.driver(JOB, *training.arguments)
+    assert again.wait(PATIENCE) == 0, again.said()
+    check_survived(training, tmp_path_factory, 2, saved)
+    check_tracked(training)
+
+
+def _fill_at(step: int, training: Training, nodes: Nodes, left: float, expected: str) -> int:
+    """Start the job, fill the disk when it has done so many steps, and see how it ends; then make room again.
+
+    left: what stays free, in sizes of a checkpoint. Returns the step of the last checkpoint before.
+    """
+    driver = nodes.driver(JOB, *training.arguments)
+    training.reaches(step, driver)
+    saved, ballast = training.saved(), training.unit / "ballast"
+    size = sum(path.stat().st_size for path in (training.checkpoints / f"step-{saved:06d}").iterdir())
+    with ballast.open("wb") as file:
+        os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(training.unit).free - int(left * size))
 
     assert driver.wait(PATIENCE) == 2, driver.said()
-    errors = [line for line in driver.said().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in driver.said(), driver.said()
-    assert f"cannot be written to {training.checkpoints}: it needs " in errors[0]
-    assert "Make room; step-" in errors[0] and "the same command goes on from it" in errors[0]
+    [message] = [line for line in driver.said().splitlines() if line.startswith("error: ")]
+    assert re.match(f"error: {expected}", message), message
+    assert "Traceback" not in driver.said()
     wait_for(lambda: not at_work(nodes.head), PATIENCE, "the actors go")
     check_whole(training)
     assert training.saved() >= saved
-    saved = training.saved()
-
     ballast.unlink()
-    again = nodes.driver(JOB, *training.arguments)
-    assert again.wait(PATIENCE) == 0, again.said()
-    check_survived(training, tmp_path_factory, 1, saved)
-    check_tracked(training)
+    return saved

@@ -1,22 +1,16 @@
 """One of two Ray Train workers is killed: the job goes on by itself and learns what it would have learned."""
 
 import random
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import psutil
 import pytest
-from faults import (
-    Training,
-    check_survived,
-    check_tracked,
-    fault_step,
-    images,
-    kill,
-)
+from faults import TWO, Training, beside, check_survived, check_tracked, fault_step, images, kill
 from nodes import wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 STEPS = 240
+PLAIN = "--compute.engine=torch"  # which starts fastest; the other tests of faults have DeepSpeed
 
 
 def _workers() -> list[psutil.Process]:
@@ -26,19 +20,16 @@ def _workers() -> list[psutil.Process]:
 
 
 def test_a_worker_is_killed(ray_cluster, tmp_path, tmp_path_factory, capsys):
-    training = Training(tmp_path / "storage", images(tmp_path_factory), steps=STEPS)
+    training = Training(tmp_path / "storage", images(tmp_path_factory), None, (TWO, PLAIN), STEPS)
 
-    def strike() -> tuple[int, int]:
+    def strike(over: Callable[[], bool]) -> tuple[int, int]:
         """Returns the step of the last whole checkpoint, and the PID of who died."""
-        training.reaches(fault_step("worker", STEPS))
+        training.reaches(fault_step("worker", STEPS), over=over)
         worker, saved = random.Random("worker").choice(_workers()), training.saved()
         kill(worker)
         return saved, worker.pid
 
-    with ThreadPoolExecutor(1) as outside:
-        struck = outside.submit(strike)
-        training.here()
-    saved, pid = struck.result()
+    saved, pid = beside(training.here, strike)
 
     said = capsys.readouterr().out
     assert said.count("it goes on from the last checkpoint") == 1 and "Traceback" not in said

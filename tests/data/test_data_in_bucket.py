@@ -9,7 +9,9 @@ import pytest
 from PIL import Image
 
 from raymed.config import UserError
+from raymed.data import cache
 from raymed.data.dataset import load
+from raymed.data.locations import fetch
 from raymed.data.manifest import DataConfig
 from raymed.storage import working_copy
 
@@ -141,6 +143,21 @@ def test_a_bucket_that_cannot_be_read_is_no_problem_of_a_row(make_set, load_set,
     assert "row" not in str(info.value) and "127.0.0.1:1" in str(info.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint)
     assert len(load_set(f"{s3.url}/set/manifest.csv")) == 24
+
+
+def test_what_another_process_evicts_meanwhile_is_fetched_again(make_set, load_set, upload, s3, tmp_path, monkeypatch):
+    """The read cache is smaller than the set: a copy is gone before it is read."""
+    path = make_set(LABELS, split=SPLIT)
+    upload(tmp_path)
+
+    def evicted(locations):
+        copies = fetch(locations)
+        for copy in list(copies.values())[::2] if len(copies) > 1 else []:
+            shutil.rmtree(copy.parent)
+        return copies
+
+    monkeypatch.setattr(cache, "fetch", evicted)
+    same(load_set(path), load_set(f"{s3.url}/set/manifest.csv"))
 
 
 def test_an_archive_in_a_bucket(load_set, s3, tmp_path):

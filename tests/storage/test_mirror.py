@@ -170,6 +170,38 @@ def test_a_shorter_jsonl_never_wins(s3, here):
     assert here.push() == ["t.jsonl"] and s3.get("runs/r/t.jsonl") == b"0\n1\n"
 
 
+def test_a_shorter_jsonl_is_never_put_over_one_from_elsewhere(s3, here, there):
+    write(here, "t.jsonl", "0\n1\n")
+    here.push()
+    there.pull()
+    write(there, "t.jsonl", "0\n1\n2\n3\n")
+    there.push()
+    write(here, "t.jsonl", "0\n1\n2\n")
+    assert here.push() == [] and s3.get("runs/r/t.jsonl") == b"0\n1\n2\n3\n"
+    assert here.pull() == ["t.jsonl"]
+    write(here, "t.jsonl", "0\n1\n2\n")  # its own: a torn line was cut off
+    assert here.push() == ["t.jsonl"] and s3.get("runs/r/t.jsonl") == b"0\n1\n2\n"
+
+
+def test_what_the_disk_does_not_take_is_told(s3, here):
+    s3.put("runs/r/u/x", b"1")
+    write(here, "u", "a file where a folder has to be")
+    with pytest.raises(UserError, match=rf"{here.folder}/u/x cannot be written"):
+        here.pull()
+    record = working_copy("s3://b").parent / ".in_step.db"
+    record.unlink()
+    record.mkdir()
+    with pytest.raises(UserError, match=rf"{record} cannot be written .*RAYMED_LOCAL"):
+        here.pull()
+
+
+def test_long_names(s3, here):
+    """255 bytes are allowed, whatever the letters."""
+    name = "肺" * 80
+    s3.put(f"runs/r/{name}", b"1")
+    assert here.pull() == [name] and files(here) == {name: "1"}
+
+
 def test_removing(s3, here, there):
     for name in ("a", "u/b", "u/c", "keep", "changed"):
         write(here, name, "0")
@@ -281,12 +313,39 @@ def test_an_error_of_the_thread_reaches_the_next_call_and_it_goes_on(s3, here, m
     with pytest.raises(UserError, match="refuses the secret key"):
         here.pull()
     _until(lambda: here._error is not None)
-    with pytest.raises(UserError, match="refuses the secret key"):
+    kept = f"The results are kept in {here.folder}: the same command brings them to {here.url}"
+    with pytest.raises(UserError, match=f"refuses the secret key.*{kept}"):
         here.close()
     assert capfd.readouterr().err.count(f"{here.folder} does not get to {here.url}") >= 1
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.env["AWS_SECRET_ACCESS_KEY"])
     here.close()
     assert s3.keys() == ["runs/r/a"]
+
+
+def test_what_was_wrong_before_the_end_does_not_keep_the_last_push_from_being_tried(s3, here, monkeypatch):
+    here.follow(period=0.05)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    write(here, "a", "1")
+    _until(lambda: here._error is not None)
+    here._over.set()
+    here._thread.join()
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3.env["AWS_SECRET_ACCESS_KEY"])
+    here.close()
+    assert s3.keys() == ["runs/r/a"]
+
+
+def test_following_never_puts_an_old_copy_over_what_another_node_wrote(s3, here, there):
+    """A line of its own has made the old copy another file, and it is not shorter."""
+    write(here, "t.jsonl", "0\n")
+    here.push()
+    there.pull()
+    write(there, "t.jsonl", "0\n1\n2\n")
+    there.push()
+    write(here, "t.jsonl", "0\n9\n")
+    with here:
+        here.follow(period=0.05, pulled=["**/*.jsonl"])
+        _until(lambda: (here.folder / "t.jsonl").read_text() == "0\n1\n2\n")
+    assert s3.get("runs/r/t.jsonl") == b"0\n1\n2\n"
 
 
 def _until(condition):

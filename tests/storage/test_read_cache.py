@@ -97,6 +97,25 @@ def test_what_another_process_is_about_to_read_stays(s3, downloads, monkeypatch)
     assert a.exists()
 
 
+def test_what_is_used_while_room_is_made_stays(s3, downloads, monkeypatch):
+    """Another process uses it after the folder was looked through."""
+    monkeypatch.setenv("RAYMED_CACHE_GB", "0")
+    for name in "ab":
+        s3.put(name, b"1")
+    a = local_copy(f"{s3.url}/a")
+    used(a, 100)
+    entries = read_cache._entries
+
+    def looked_through():
+        found = entries()
+        used(a, 0)
+        return found
+
+    monkeypatch.setattr(read_cache, "_entries", looked_through)
+    local_copy(f"{s3.url}/b")
+    assert a.exists()
+
+
 def test_a_folder_is_one_entry(s3, downloads):
     s3.put("runs/bundle/bundle.json", b"{}")
     s3.put("runs/bundle/deep/weights", b"w")

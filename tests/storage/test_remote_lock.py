@@ -1,5 +1,6 @@
 """One machine at a time on a run in S3. Another machine is a process with a LOCAL of its own."""
 
+import json
 import os
 import subprocess
 import sys
@@ -54,9 +55,9 @@ def test_it_is_there_while_it_is_held(s3, url):
     assert s3.keys() == []
 
 
-def test_a_cache_is_locked_on_its_machine_only(s3):
+def test_a_bucket_or_folder_may_have_any_name(s3):
     with lock(working_copy(f"{s3.url}/cache/images/lock")):
-        assert s3.keys() == []
+        assert s3.keys() == ["cache/images/lock"]
 
 
 def test_another_machine_is_refused_and_told_who_holds_it(s3, url, tmp_path):
@@ -109,6 +110,40 @@ def test_of_many_that_wait_one_gets_it(s3, url, monkeypatch):
         for thread in threads:
             thread.join(60)
     assert len(got) == 1 and s3.keys() == []
+
+
+def test_a_put_whose_answer_was_lost_and_an_object_that_was_removed_end_nothing(s3, url):
+    with lock(working_copy(url)):
+        body = json.loads(objects.get_bytes(url))
+        mine = objects.put_bytes(url, json.dumps(body | {"time": 0}).encode())
+        wait_for_another(url, mine)
+        objects.delete([url])
+        wait_for_another(url, "")
+    assert s3.keys() == []
+
+
+def wait_for_another(url, etag):
+    deadline = time.monotonic() + 30
+    while (found := objects.stat(url)) is None or found.etag == etag:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_whoever_was_away_for_long_does_not_make_the_object_again(s3, url, monkeypatch):
+    """Another machine may have had it meanwhile, and be done."""
+    with pytest.raises(KeyboardInterrupt):
+        with lock(working_copy(url)):
+            monkeypatch.setattr(remote_lock, "LOST", 0)
+            objects.delete([url])
+            time.sleep(60)
+    assert s3.keys() == []
+
+
+def test_a_copy_of_the_whole_disk_is_another_machine(s3, url, capfd):
+    body = {"host": "the first", "process": 1, "place": remote_lock._place()}
+    objects.put_bytes(url, json.dumps(body).encode())
+    with lock(working_copy(url)):
+        assert "is locked on the first: waiting for a sign of life" in capfd.readouterr().err
 
 
 def test_who_is_taken_over_stops(s3, url, monkeypatch):

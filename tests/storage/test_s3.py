@@ -198,6 +198,25 @@ def test_storage_in_s3_is_checked_and_leaves_nothing_there(s3):
     assert not (s3.local / "s3" / "none-such").exists()
 
 
+def test_two_servers_do_not_share_a_working_copy(s3, monkeypatch):
+    folder = resolve_storage(f"{s3.url}/storage")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3.endpoint.replace("127.0.0.1", "localhost"))
+    with pytest.raises(UserError, match=f"copy of a bucket at {s3.endpoint[7:]}.*leads to localhost:.*LOCAL"):
+        resolve_storage(f"{s3.url}/other")
+    (s3.local / "s3" / s3.bucket / ".endpoint").unlink()  # it is the same server
+    assert resolve_storage(f"{s3.url}/storage") == folder
+
+
+def test_a_conditional_put(s3):
+    url = f"{s3.url}/x"
+    first = objects.put_if(url, b"1", "")
+    assert first and objects.put_if(url, b"2", "") == ""
+    second = objects.put_if(url, b"3", first)
+    assert second not in ("", first) and objects.put_if(url, b"4", first) == "" and s3.get("x") == b"3"
+    objects.delete([url])
+    assert objects.put_if(url, b"5", second) == "" and s3.keys() == []
+
+
 def test_threads_share_a_client_and_a_forked_child_has_its_own(s3):
     mine = client.client()
     assert client.client() is mine

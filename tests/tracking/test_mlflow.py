@@ -7,12 +7,14 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from raymed.config import UserError
-from raymed.tracking import Outbox, Tracker
+from raymed.tracking import Outbox, Tracker, without_credentials
 
 
 def _upload(storage, *outboxes, uri=None):
@@ -323,6 +325,43 @@ def test_a_password_is_never_shown(storage, capsys):
         Outbox(storage / "x.jsonl").open("k", "n")
     shown = capsys.readouterr().out + tracker.where("k") + "".join(p.read_text() for p in storage.rglob("*.json"))
     assert "secret" not in shown and "http://127.0.0.1:1" in shown
+
+
+class _Hangs(BaseHTTPRequestHandler):
+    """A server that is healthy and closes the connection at every other request."""
+
+    def do_GET(self):
+        if self.path == "/health":
+            self.send_response(200)
+            self.end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_what_mlflow_says_of_an_error_is_shown_without_the_password(storage, capsys):
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hangs) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with Tracker(f"http://me:secret@127.0.0.1:{server.server_port}", "exp", storage) as tracker:
+            tracker.follow(storage / "x.jsonl")
+            Outbox(storage / "x.jsonl").open("k", "n")
+        server.shutdown()
+    shown = capsys.readouterr().out
+    assert f"API request to http://127.0.0.1:{server.server_port}/api/" in shown and "secret" not in shown
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("postgresql://u:p@h/db", "postgresql://h/db"),
+        ("no way to http://u:p@ss@h:80/x?a=b@c: a@b", "no way to http://h:80/x?a=b@c: a@b"),
+        ("http://h:5000 and sqlite:////a@b/c", "http://h:5000 and sqlite:////a@b/c"),
+        ('["http://u:p@h","a@b"]', '["http://h","a@b"]'),
+        ('["http://h","a@b"]', '["http://h","a@b"]'),
+    ],
+)
+def test_credentials(text, expected):
+    assert without_credentials(text) == expected
 
 
 def test_a_server_that_never_answers_delays_nothing(storage, capsys):

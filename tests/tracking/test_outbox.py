@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from raymed.config import UserError
+from raymed.storage import working_copy
 from raymed.tracking.outbox import Outbox, read
 
 
@@ -31,9 +33,48 @@ def test_what_is_written_is_read(outbox):
     assert records[0]["params"] == {"lr": 0.1, "sizes": [1, 2]}
     assert records[0]["tags"] == {"seed": "3"}
     assert records[1]["values"] == {"loss": 0.5} and records[1]["step"] == 7
-    assert records[3]["path"] == str(outbox.path.parent / "roc.png")
+    assert records[3]["path"] == "roc.png"
     assert json.loads(records[4]["text"]) == {"a": 1}
     assert all(record["time"] > 1.7e12 for record in records)
+
+
+def test_artifacts_are_named_from_the_outbox_where_they_move_with_it(outbox, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "local"))
+    outbox.artifact(outbox.path.parent / "u/bundle")
+    outbox.artifact(tmp_path / "else.txt")
+    copy = working_copy("s3://bucket/runs/one")
+    Outbox(copy / "u/tracking.jsonl").artifact(copy / "figures/roc.png")
+    outbox.artifact(copy / "x")  # the outbox is in no working copy
+    assert [r["path"] for r in outbox.records()] == ["u/bundle", str(tmp_path / "else.txt"), str(copy / "x")]
+    assert [r["path"] for r in Outbox(copy / "u/tracking.jsonl").records()] == ["../figures/roc.png"]
+
+
+def test_a_full_disk_is_told(outbox):
+    outbox.path.parent.mkdir()
+    outbox.path.symlink_to("/dev/full")
+    with pytest.raises(UserError, match=f"the disk of {outbox.path} is full: make room; the same command goes on"):
+        outbox.metrics({"loss": 1.0}, step=1)
+
+
+FILL = """
+import resource, signal, sys
+from raymed.config import UserError
+from raymed.tracking.outbox import Outbox
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))  # of the last line only a part is written
+try:
+    for step in range(100):
+        Outbox(sys.argv[1]).metrics({"loss": 1.0}, step)
+except UserError as error:
+    print(step, error)
+"""
+
+
+def test_a_line_of_which_only_a_part_is_written_is_an_error(outbox):
+    done = subprocess.run([sys.executable, "-c", FILL, str(outbox.path)], text=True, capture_output=True)
+    step, _, said = done.stdout.partition(" ")
+    assert said == f"the disk of {outbox.path} is full: make room; the same command goes on\n", done.stderr
+    assert list(_losses(outbox)) == list(range(int(step)))
 
 
 def test_any_number_is_a_value_and_the_file_stays_plain_json(outbox):

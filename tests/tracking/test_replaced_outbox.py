@@ -5,6 +5,8 @@ import time
 
 import pytest
 
+from raymed.config import UserError
+from raymed.storage import s3 as objects
 from raymed.storage import working_copy
 from raymed.tracking import Outbox, upload
 from raymed.tracking.upload import Store, Upload
@@ -154,3 +156,53 @@ def test_an_artifact_comes_after_the_outbox_that_names_it(store, s3, monkeypatch
     each.ship(store)
     assert not each.is_pending(), "it is not waited for for ever"
     assert [m.step for m in client.get_metric_history(run, "loss")] == [1, 2]
+
+
+def test_a_folder_of_which_only_a_part_is_here_comes_whole(store, s3):
+    folder = working_copy(f"{s3.url}/runs/one")
+    outbox = Outbox(folder / "tracking.jsonl")
+    outbox.open("key", "name")
+    outbox.artifact(folder / "bundle", "bundle")
+    for name in ("model", "bundle.json"):
+        s3.put(f"runs/one/bundle/{name}", b"{}")
+    (folder / "bundle").mkdir()
+    (folder / "bundle" / "model").write_text("{}")
+    each = Upload(outbox.path, "uri", "exp")
+    each.ship(store)
+    entries = store.client.list_artifacts(each.cursor.run_id, "bundle")
+    assert [entry.path for entry in entries] == ["bundle/bundle.json", "bundle/model"]
+
+
+def test_an_artifact_that_may_not_be_read_says_so(store, s3, monkeypatch):
+    folder = working_copy(f"{s3.url}/runs/one")
+    outbox = Outbox(folder / "tracking.jsonl")
+    outbox.open("key", "name")
+    outbox.artifact(folder / "file.txt")
+    s3.put("runs/one/file.txt", b"f")
+
+    def refused(url, *rest):
+        raise UserError(f"no permission for GetObject on {url}")
+
+    monkeypatch.setattr(objects, "_download", refused)
+    with pytest.raises(UserError, match=f"no permission for GetObject on {s3.url}/runs/one/file.txt"):
+        Upload(outbox.path, "uri", "exp").ship(store)
+
+
+def test_an_outbox_that_has_moved_and_one_of_before(store, tmp_path):
+    """What it names is beside it; of before are those that name files by their whole path."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file.txt").write_text(folder)
+    outbox = Outbox(tmp_path / "a/tracking.jsonl")
+    outbox.open("key", "name")
+    outbox.artifact(tmp_path / "a/file.txt")
+    (tmp_path / "b/old.txt").write_text("old")
+    line = {"op": "artifact", "time": 1, "path": str(tmp_path / "b/old.txt"), "folder": ""}
+    (tmp_path / "b/tracking.jsonl").write_text(outbox.path.read_text() + json.dumps(line) + "\n")
+    each = Upload(tmp_path / "b/tracking.jsonl", "uri", "exp")
+    each.ship(store)
+    texts = {}
+    for name in ("file.txt", "old.txt"):
+        with open(store.client.download_artifacts(each.cursor.run_id, name)) as file:
+            texts[name] = file.read()
+    assert texts == {"file.txt": "b", "old.txt": "old"}

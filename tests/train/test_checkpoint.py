@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as StillWaiting
 
@@ -28,6 +29,20 @@ def begun(manifest, data, tmp_path):
     next(run), next(run)
     run.close()
     return fit
+
+
+def test_reading_takes_no_memory_for_the_files(tmp_path):
+    checkpoints = Checkpoints(tmp_path / "tiny")
+    save_all(checkpoints, build(500), [1], best=1)
+    folder = checkpoints.find("last")
+    size = (folder / "weights.safetensors").stat().st_size
+    tracemalloc.start()
+    try:
+        weights = load_weights(folder, averaged=False)
+        assert tracemalloc.get_traced_memory()[1] < size / 2 and size > 1e6
+    finally:
+        tracemalloc.stop()
+    assert weights["net.weight"].eq(1).all()
 
 
 def test_what_is_in_it(begun):

@@ -9,14 +9,18 @@ import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import FILES, build, check_whole, fill, kept, save, save_all
 
 from raymed.config import UserError
+from raymed.storage import s3 as objects
 from raymed.storage import working_copy
-from raymed.train.checkpoint import Checkpoints
+from raymed.train.checkpoint import Checkpoints, origin_of
+from raymed.train.checkpoint_index import Index
 
 FORK = multiprocessing.get_context("fork")
 
@@ -64,6 +68,91 @@ def test_a_pin_made_on_another_machine_while_a_run_saves_is_kept(s3, machine):
     assert there(s3) == ["index.json", "step-000001", "step-000003"]
     assert json.loads(s3.get("checkpoints/tiny/index.json"))["pinned"] == {"step-000001": "registered as net 1"}
     check_whole(machine("c").find("step-000001"), 1)
+
+
+def test_two_processes_that_save_to_one_place(s3, machine, monkeypatch):
+    """Whoever has come less far is told, and takes nothing away; a pin that comes meanwhile is kept."""
+    one = machine("a")
+    save_all(one, build(), [1], best=1)
+    other = machine("b")
+    save_all(one, build(), [3], best=3)
+    save(other, build(), 2, best=True)
+    with pytest.raises(UserError, match=f"another process writes to {other.bucket.url}: it has come to step-000003"):
+        other.wait()
+    assert there(s3) == ["index.json", "step-000003"]
+
+    put_if, pinned = objects.put_if, []
+
+    def put_late(url, data, etag):
+        if not pinned:
+            pinned.append("step-000003")
+            late = Index.parse(s3.get("checkpoints/tiny/index.json"))
+            s3.put("checkpoints/tiny/index.json", replace(late, pinned={pinned[0]: "good"}).text().encode())
+        return put_if(url, data, etag)
+
+    monkeypatch.setattr(objects, "put_if", put_late)
+    save_all(one, build(), [4], best=4)
+    assert json.loads(s3.get("checkpoints/tiny/index.json"))["pinned"] == {"step-000003": "good"}
+    assert there(s3) == ["index.json", "step-000003", "step-000004"]
+
+
+def test_what_is_not_whole_there_is_not_taken(s3, machine):
+    save_all(machine("a"), build(), [1], best=1)
+    name = "checkpoints/tiny/step-000001/weights.safetensors"
+    s3.put(name, s3.get(name)[:-1])
+    with pytest.raises(UserError, match=f"{s3.url}/{name} is damaged: it has [0-9]+ bytes, and [0-9]+ were written"):
+        machine("b")
+    assert not list((working_copy(s3.url) / "checkpoints" / "tiny").glob("*step*"))
+
+
+def test_an_encoder_that_was_trained_further_elsewhere(s3, machine, monkeypatch, tmp_path):
+    origin = f"{s3.url}/checkpoints/tiny"
+    running = machine("a")
+    save_all(running, build(), [1], best=1)
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "b"))
+    check_whole(origin_of(origin), 1)
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "a"))
+    save_all(running, build(), [2], best=2)
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "b"))
+    check_whole(origin_of(origin), 2)
+    other = Checkpoints(working_copy(origin))
+    assert kept(other) == ["index.json", "step-000002"]
+    fresh = build()
+    monkeypatch.setattr(other, "bucket", None)
+    save_all(other, fresh, [3], best=3)  # it has not come to the bucket
+    check_whole(origin_of(origin), 3)
+    assert there(s3) == ["index.json", "step-000002"]
+
+
+def two_nodes(rank: int, folder: Path, url: str, answers) -> None:
+    """The second of two has a checkpoint that neither the bucket nor the first has."""
+    os.environ["RAYMED_LOCAL"] = str(folder / str(rank))
+    in_bucket = Checkpoints(working_copy(url) / "checkpoints" / "tiny")
+    on_disk = Checkpoints(folder / str(rank) / "disk")
+    if rank == 1:
+        save_all(on_disk, build(), [5], best=5)
+        shutil.copytree(on_disk.folder, in_bucket.folder)
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    in_bucket.pull()
+    found = [in_bucket.find("last"), [path.name for path in in_bucket.folder.iterdir()]]
+    with pytest.raises(UserError) as info:
+        on_disk.pull()
+    answers.put((rank, [*found, str(info.value)]))
+
+
+def test_all_nodes_go_on_from_the_same_one(s3, tmp_path):
+    answers = FORK.Queue()
+    workers = [FORK.Process(target=two_nodes, args=(rank, tmp_path, s3.url, answers)) for rank in range(2)]
+    for process in workers:
+        process.start()
+    said = dict(answers.get(timeout=60) for _ in workers)
+    for process in workers:
+        process.join()
+        assert process.exitcode == 0
+    assert said[0][:2] == [None, []] and said[1][:2] == [None, ["index.json"]]
+    for rank, found in said.items():
+        text = f"the workers do not find the same last checkpoint in {tmp_path}/{rank}/disk, but none and step-000005"
+        assert found[2].startswith(text)
 
 
 def test_what_no_index_names_is_not_taken_and_is_removed(s3, machine):

@@ -271,3 +271,17 @@ def test_the_mode_is_set_as_train_and_eval_do(layer):
         mode.set(training)
         twin.train(training)
         assert [m.training for m in module.modules()] == [m.training for m in twin.modules()]
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
+def test_memory_order_is_that_of_images_where_there_are_any(layer):
+    """Volumes have another one, and torch refuses to give them this."""
+    compute, module = Compute(channels_last=True), layer(2, 2, 3)
+    is_image = module.weight.ndim == 4
+    assert compute.prepare(module) is module
+    assert module.weight.is_contiguous() != is_image
+    assert not is_image or module.weight.is_contiguous(memory_format=torch.channels_last)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        compute.warn_where_useless([module])
+    assert len(said) == (not is_image)

@@ -1,11 +1,14 @@
 """What torchrun's and srun's variables say, and two processes of which one fails."""
 
+import itertools
 import multiprocessing
 import os
 import socket
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +17,10 @@ import torch
 from small import make_unit, recipe
 
 from raymed.config import UserError
-from raymed.train import processes
+from raymed.data.dataset import DataSet
+from raymed.train import peers
 from raymed.train.compute import Compute
+from raymed.train.job import RunConfig, main
 from raymed.train.processes import World, as_launched, driving, follow, hosts, launched, together, train_together
 
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29400"}
@@ -99,12 +104,34 @@ def test_workers_are_the_processes(monkeypatch):
 # Two processes: data that one cannot read, then the end of rank 0
 
 
-def _member(rank: int, port: int, folder: Path, manifest: Path) -> None:
+def _start_as(rank: int, port: int) -> None:
     torch.set_num_threads(1)
     step = SRUN | {"SLURM_STEP_NODELIST": "localhost", "SLURM_STEP_NUM_TASKS": "2", "MASTER_PORT": str(port)}
     os.environ |= step | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+
+
+@contextmanager
+def _two(member: Callable, *arguments: object) -> Iterator[list]:
+    """Two processes that run member(rank, port, *arguments)."""
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("spawn")
+    members = [context.Process(target=member, args=(rank, port, *arguments)) for rank in (0, 1)]
+    for process in members:
+        process.start()
+    try:
+        yield members
+    finally:
+        for process in members:
+            process.kill()
+            process.join()
+
+
+def _member(rank: int, port: int, folder: Path, manifest: Path) -> None:
+    _start_as(rank, port)
     if rank == 1:
-        processes.unit_data = _unreadable
+        peers.unit_data = _unreadable
         sys.exit(follow())
     unit = make_unit(recipe(manifest), folder / "unit")
     with driving():
@@ -122,13 +149,7 @@ def _unreadable(unit):
 
 
 def test_what_one_cannot_do_is_told_and_nobody_waits_for_a_dead_driver(tmp_path, manifest):
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("spawn")
-    driver, other = (context.Process(target=_member, args=(rank, port, tmp_path, manifest)) for rank in (0, 1))
-    driver.start(), other.start()
-    try:
+    with _two(_member, tmp_path, manifest) as (driver, other):
         deadline = time.monotonic() + 90
         while not (tmp_path / "waits").exists() and driver.is_alive():
             assert time.monotonic() < deadline
@@ -139,7 +160,37 @@ def test_what_one_cannot_do_is_told_and_nobody_waits_for_a_dead_driver(tmp_path,
         driver.kill()
         other.join(15)
         assert other.exitcode == 1
-    finally:
-        for process in (driver, other):
-            process.kill()
-            process.join()
+
+
+def _job(rank: int, port: int, folder: Path, manifest: Path) -> None:
+    """A job's process, the second of which has no memory for its third batch."""
+    _start_as(rank, port)
+    sys.stderr = (folder / f"said-{rank}").open("w", buffering=1)
+    if rank == 1:
+        calls, batch = itertools.count(1), DataSet.batch
+        DataSet.batch = lambda *args: batch(*args) if next(calls) < 4 else torch.empty(2**60)  # type: ignore[method-assign]
+
+    def work(config: None) -> Path:
+        compute = Compute(device="cpu", engine="torch")
+        with together(compute):
+            train_together(make_unit(recipe(manifest, method="asl"), folder / "unit", compute=compute))
+        return folder
+
+    sys.argv = ["job"]
+    main(NoConfig, work)  # type: ignore[type-var]
+
+
+@dataclass(frozen=True)
+class NoConfig:
+    run: RunConfig = RunConfig()
+
+
+def test_out_of_memory_on_one_ends_both(tmp_path, manifest):
+    with _two(_job, tmp_path, manifest) as members:
+        for process in members:
+            process.join(60)
+        assert [process.exitcode for process in members] == [2, 2]
+    lost, failed = ((tmp_path / f"said-{rank}").read_text() for rank in (0, 1))
+    assert "error: out of memory at step 2 of phase single on worker 1: set --single.accumulate to 4" in failed
+    assert "error: another process of this job has ended while unit trained" in lost
+    assert "Traceback" not in failed + lost
