@@ -14,9 +14,12 @@ import pytest
 from nodes import Nodes, title_of
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 from ray.train.v2.api.exceptions import WorkerGroupError
+from torch import nn
 from train_on_nodes import unit_in
 
 from raymed.config import UserError, replace
+from raymed.tasks.task import Network, Optim, Phase, Task
+from raymed.train import ray_train
 from raymed.train.budget import Budget
 from raymed.train.cluster import fetched
 from raymed.train.desk import open_desk
@@ -136,6 +139,21 @@ def test_workers_that_die_again_and_again_end_the_run_in_words(ray_cluster, tmp_
         line for line in capsys.readouterr().out.splitlines() if line.startswith("unit: ") and "images/s" not in line
     ]
     assert re.fullmatch(f"unit: {died}; the last checkpoint is kept", said), said
+
+
+def test_a_group_that_could_not_shrink_is_refused_before_it_starts(ray_cluster, tmp_path, monkeypatch):
+    """By the memory where a worker would run. Twelve terabytes of weights fit nowhere."""
+
+    class Giant(Task):
+        def networks(self) -> dict[str, Network]:
+            return {"net": Network(nn.Sequential(*(nn.Linear(10**6, 10**6, bias=False) for _ in range(3))), Optim())}
+
+    phases = [Phase("giant", Giant(), 10, 8)]
+    monkeypatch.setattr(ray_train, "phases_of", lambda unit, data: phases)
+    unit = unit_in(tmp_path, steps=20, workers=2, min_workers=1, zero_stage=2)
+    message = r"^compute.min_workers is 1, but with so many phase giant needs \d+ GB .* at ZeRO 0, without activations"
+    with pytest.raises(UserError, match=message):
+        train_with_workers(unit, Budget.from_config(None, None, tmp_path))
 
 
 def _died(pid: int = 0) -> WorkerHealthCheckFailedError:

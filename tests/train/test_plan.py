@@ -200,6 +200,7 @@ def test_a_plan_is_that_of_the_run(manifest, data, tmp_path):
     assert 0 < supcon["mfu"] < 1.5 and supcon["measured"]["peak_source"] == "measured matmul"
     assert len(supcon["weak_scaling"]) == 5
     lines = r.lines()
+    assert any(line.startswith("ZeRO 3: networks are built, and scored, whole on every device") for line in lines)
     assert max(map(len, lines)) <= 100 and any(line.startswith("advice  ZeRO 0: needs") for line in lines)
     assert any("advised" in line and "asked" in line for line in lines)
 
