@@ -111,6 +111,10 @@ class Checkpoints:
             give_up()
             raise
 
+    def failed(self) -> bool:
+        """Whether the last save has come to nothing; the next `save` or `wait` says why."""
+        return self._saving is not None and self._saving.done() and self._saving.exception() is not None
+
     def pull(self) -> None:
         """Bring the bucket's checkpoints to every node, and to the bucket what only rank 0's node has. Collective.
 

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +31,7 @@ from raymed.train.repeat import Repeat, begin, verdict_lines, with_defaults
 from raymed.train.unit import Unit, load_data
 
 _NOT_IDENTITY = ("run", "compute", "register", "foreign")  # where, under which name, and what is told of the model
+_COSTS = "costs.json"
 _PERIOD = 0.2  # seconds between two looks for the first training
 _defaults: dict[type, Any] = {}  # type of a job's config -> what its command line starts from
 C = TypeVar("C")
@@ -94,8 +95,6 @@ class Job:
     """Keeps the folder in step with its bucket, where the storage has one."""
     children: list[tuple[Outbox, int]] = field(default_factory=list)
     """Of its trainings, each with its size when it was found."""
-    costs: dict[str, StepCost] = field(default_factory=dict)
-    """Of the phases, as far as they were measured."""
     is_started: bool = False
     _lock: Any = field(default_factory=threading.Lock)
 
@@ -120,6 +119,15 @@ class Job:
         """The command line that gives this run on another storage: every flag that is not the job's default, and none
         that says where or under which name things are kept."""
         return command_line(self.kind, self.config, _defaults.get(type(self.config)))
+
+    def keep_costs(self, measured: Mapping[str, StepCost]) -> None:
+        """Keep what a step of each of these phases costs, unless an earlier process has measured it."""
+        write_atomic(self.folder / _COSTS, to_json(to_dict(dict(measured)) | self.costs()))
+
+    def costs(self) -> dict[str, dict[str, Any]]:
+        """What was kept: phase -> the fields of its StepCost."""
+        path = self.folder / _COSTS
+        return json.loads(path.read_text()) if path.is_file() else {}
 
     def start(self) -> None:
         """From here on the run exists: in its folder and in MLflow. The first training starts it, or whoever asks for

@@ -86,7 +86,7 @@ def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     costs: dict[str, list] = {}
     for kind, units in kinds:
         costs[kind] = costs.get(kind) or _where_it_runs(units, _measure)
-        job.costs |= {phase.name: cost for phase, cost in costs[kind]}
+        job.keep_costs({phase.name: cost for phase, cost in costs[kind]})
         if costs[kind]:
             trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
     if trainings:

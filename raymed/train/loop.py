@@ -220,7 +220,7 @@ class _PhaseRun:
             resume_optimizers(self.networks, last, self.progress)
         self.feed = self.fit.feed(self.phase, self.networks)
         curve = _Curve(self.phase.name, self.first_step, self.fit.outbox, self.progress.step, self.feed.device)
-        pulse = Pulse(self.fit.interrupted, self.fit.compute.checkpoint_minutes, self.feed.device)
+        pulse = Pulse(self._is_to_stop, self.fit.compute.checkpoint_minutes, self.feed.device)
         while not self.progress.finished:
             with self.ledger.active(), measured_communication() if world_size() > 1 else nullcontext():
                 stop = self._train_on(curve, pulse)
@@ -245,6 +245,10 @@ class _PhaseRun:
 
     def _is_due(self) -> bool:
         return self.phase.evaluates_after(self.progress.step - 1)
+
+    def _is_to_stop(self) -> bool:
+        """Training on after a checkpoint that could not be written would be in vain."""
+        return self.fit.interrupted() or self.checkpoints.failed()
 
     def _begin(self) -> Progress:
         for part, origin in self.phase.starts_from.items():

@@ -159,7 +159,7 @@ def report(
     if methods[best][0].fold is None:  # those of folds are for figures, not for use
         paths["model"] = methods[best][0].folder / "bundle"
     extra |= {"time": {unit.name: time_spent(unit.outbox) for units in methods.values() for unit in units}}
-    extra |= {"speed": speeds(methods[best][0].outbox, job.costs)}
+    extra |= {"speed": speeds(methods[best][0].outbox, job.costs())}
     extra |= {"differences": {"baseline": baseline, **differences}} if differences else {}
     summary = job.finish(figures, paths, best=best, laterality=laterality, **extra)
     told = "".join(f"{name}: {path}\n" for name, path in paths.items())

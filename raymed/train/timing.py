@@ -3,13 +3,10 @@ seconds since the evaluation before; `speed/PHASE`, images a second), and summed
 
 import statistics
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import Any
 
 from raymed.ledger import NAMES
 from raymed.tracking.outbox import Outbox
-
-if TYPE_CHECKING:  # measuring a step takes one, of the loop that writes these metrics
-    from raymed.train.estimate import StepCost
 
 TIME, SPEED = "time/", "speed/"
 
@@ -26,17 +23,18 @@ def time_spent(outbox: Outbox) -> dict[str, float]:
     return {name: round(total, 3) for name, total in totals.items() if total}
 
 
-def speeds(outbox: Outbox, costs: "Mapping[str, StepCost]") -> dict[str, dict[str, float | str]]:
+def speeds(outbox: Outbox, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | str]]:
     """Phase -> images a second, in the median of its evaluations, and FLOPs an image and MFU for phases whose cost was
-    measured."""
+    measured. costs: phase -> the fields of its StepCost."""
     from raymed.train.flops import mfu
 
     told: dict[str, dict[str, float | str]] = {}
     for phase, values in _by_phase(outbox).items():
         told[phase] = {"images_per_second": round(statistics.median(values), 1)}
         if cost := costs.get(phase):
-            used = mfu(cost.flops_per_sample, statistics.median(values), cost.peak_flops, cost.workers)
-            told[phase] |= {"flops_per_image": cost.flops_per_sample, "mfu": round(used, 4), "peak": cost.peak_source}
+            used = mfu(cost["flops_per_sample"], statistics.median(values), cost["peak_flops"], cost["workers"])
+            told[phase] |= {"flops_per_image": cost["flops_per_sample"], "mfu": round(used, 4)}
+            told[phase] |= {"peak": cost["peak_source"]}
     return told
 
 

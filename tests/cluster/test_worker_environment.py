@@ -21,6 +21,7 @@ with connected():
 """
 
 
+@pytest.mark.slow
 def test_settings_reach_workers_of_a_cluster_that_was_started_without_them(tmp_path):
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)

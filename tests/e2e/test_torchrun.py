@@ -121,6 +121,7 @@ def test_a_signal_to_one_stops_all_and_the_same_command_continues(start, by_torc
     assert (run / weights).read_bytes() == (whole / weights).read_bytes()
 
 
+@pytest.mark.slow
 def test_without_rank_0_the_others_end(start, tmp_path):
     processes = start("train_classifier", *TRAIN)
     wait_for(lambda: _trains(tmp_path / "runs" / "one"), 120, "first loss")
@@ -130,6 +131,7 @@ def test_without_rank_0_the_others_end(start, tmp_path):
     assert code == 1 and "rank 1: rank 0 is gone" in output
 
 
+@pytest.mark.slow
 def test_without_another_rank_0_says_so(start, tmp_path):
     processes = start("train_classifier", *TRAIN)
     wait_for(lambda: _trains(tmp_path / "runs" / "one"), 120, "first loss")

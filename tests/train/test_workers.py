@@ -127,7 +127,7 @@ def plain(tmp_path_factory):
     return base, manifest
 
 
-@pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"{world} workers")
+@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda n: f"{n} workers")
 def workers(request, plain):
     """(number of workers, their folder) after all their runs."""
     (base, manifest), world = plain, request.param
