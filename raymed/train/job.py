@@ -146,6 +146,11 @@ class Job:
             self.stack.enter_context(SystemMetrics(Outbox(self.folder / "tracking.jsonl")))
             self.is_started = True
 
+    def go_on(self) -> None:
+        """Training begins: a run that an earlier process has started goes on. A new one starts when it has trained."""
+        if (self.folder / "config.json").is_file():
+            self.start()
+
     def over(self) -> bool:
         """Whether the job is to end: Ctrl-C has come, or the budget is used up."""
         return self.interrupted() or self.budget.exhausted() is not None

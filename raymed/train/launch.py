@@ -29,16 +29,19 @@ def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
     """
     if launched():
         announce(job, [units])
+        job.go_on()
         with together(job.config.compute):
             return all(_train_here(job, unit, train_together) for unit in units)
     if job.config.compute.workers == 1:
         announce(job, [units])
+        job.go_on()
         return all(_train_here(job, unit) for unit in units)
     from raymed.train.ray_train import train_with_workers
 
     with connected():
         check_cluster(job)
         announce(job, [units])
+        job.go_on()
         return all(unit.result() is not None or train_with_workers(unit, job.budget, job.interrupted) for unit in units)
 
 
@@ -169,6 +172,7 @@ def _run_wave(job: Job, todo: Sequence[Unit]) -> bool:
     gpus = gpus_of(job.config.compute.device)
     room = require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
     train = ray.remote(num_cpus=cpus_for(todo[0], len(todo)), num_gpus=gpus, max_retries=2)(_train)
+    job.go_on()
     running = {train.remote(unit): unit for unit in todo}
     began = time.monotonic()
     # Ray starts them in order: those it has room for count as running.

@@ -168,6 +168,7 @@ class _Generation:
 
         recipe, numbers, began = self.trials.template.recipe, list(live), time.monotonic()
         marks = rungs(recipe.head.evaluations, self.sweep.grace, self.sweep.reduction)
+        self.job.start()
         for number in live:
             self.job.follow(self.trials.open(number, self.journal.trials[number].params))
         ray.get(self.actor.begin.remote({number: self.journal.trials[number].params for number in live}))

@@ -129,6 +129,7 @@ def wait_for_another(url, etag):
         time.sleep(0.05)
 
 
+@pytest.mark.slow  # by the clock: heartbeats of a second
 def test_whoever_was_away_for_long_does_not_make_the_object_again(s3, url, monkeypatch):
     """Another machine may have had it meanwhile, and be done."""
     with pytest.raises(KeyboardInterrupt):
@@ -146,6 +147,7 @@ def test_a_copy_of_the_whole_disk_is_another_machine(s3, url, capfd):
         assert "is locked on the first: waiting for a sign of life" in capfd.readouterr().err
 
 
+@pytest.mark.slow  # by the clock: heartbeats of a second
 def test_who_is_taken_over_stops(s3, url, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         with lock(working_copy(url)):
