@@ -44,5 +44,5 @@ def draw_survival(
                 height = above.get_ylim()[0] + 0.97 * (top - above.get_ylim()[0])
                 above.text(event.step + 2, height, event.what, rotation=90, va="top", fontsize=7, color=VERMILION)
         above.set(ylabel="training loss", xlim=(0, steps[-1]))
-        above.legend(loc="lower left")
+        above.legend(loc="upper right", bbox_to_anchor=(1, 0.8))
         below.set(xlabel="step", ylabel="relative\ndifference", ylim=(1e-9, 1))

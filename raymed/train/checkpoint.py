@@ -86,7 +86,7 @@ class Checkpoints:
         Collective. Returns when the state is copied; the rest is done by a thread. One save is in flight at most.
         """
         with span(CHECKPOINT):
-            _on_all(self.close)
+            agreed(self.close)
             files = _copies(networks)
             progress.ema_updates = {name: average.updates for name, average in networks.averages.items()}
             if rank() == 0:
@@ -95,7 +95,7 @@ class Checkpoints:
     def wait(self) -> None:
         """Wait until what was saved is whole: here, in the bucket and on every node. Collective."""
         with span(CHECKPOINT):
-            _on_all(self.close)
+            agreed(self.close)
             self._spread()
 
     def close(self) -> None:
@@ -121,10 +121,10 @@ class Checkpoints:
         Raises UserError where the workers do not all find the same last one then.
         """
         if self.bucket:
-            _on_all(lambda: self._meet() if rank() == 0 else None)
+            agreed(lambda: self._meet() if rank() == 0 else None)
             self._spread()
         found: list[Path | None] = []
-        _on_all(lambda: found.append(self.find("last")))
+        agreed(lambda: found.append(self.find("last")))
         names = sorted({last.name if last else "none" for last in all_gather_object(found[0])})
         if len(names) > 1:
             raise UserError(
@@ -201,7 +201,7 @@ class Checkpoints:
         """One process of every other node takes what the bucket has. Collective."""
         if self.bucket:
             leads = rank() > 0 and os.environ.get("LOCAL_RANK", "0") == "0"
-            _on_all(self._follow if leads else lambda: None)
+            agreed(self._follow if leads else lambda: None)
 
     def _follow(self) -> None:
         assert self.bucket
@@ -329,18 +329,6 @@ def _in_background(do: Callable[[], None]) -> Future[None]:
     future = executor.submit(do)
     executor.shutdown(wait=False)
     return future
-
-
-def _on_all(do: Callable[[], None]) -> None:
-    """Do it on this worker; what goes wrong on one is raised on all, so that none waits for it. Collective."""
-    error = None
-    try:
-        do()
-    except Exception as caught:
-        error = caught
-    for raised in all_gather_object(error):
-        if raised is not None:
-            raise raised
 
 
 def _misfits(networks: Networks, found: dict[str, Tensor]) -> list[str]:

@@ -5,7 +5,6 @@ A run exists from its first training on (`Job.start`): what is refused before le
 
 import json
 import shutil
-import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -24,10 +23,10 @@ from raymed.tracking.outbox import Outbox
 from raymed.train.budget import Budget, parse_duration
 from raymed.train.command import command_line
 from raymed.train.estimate import StepCost
-from raymed.train.loop import Evaluation, Interrupted
 from raymed.train.processes import as_launched, driving, follow, launched
 from raymed.train.record import DATA, ENVIRONMENT, PACKAGES, data_record, export, from_folder
 from raymed.train.repeat import Repeat, begin, verdict_lines, with_defaults
+from raymed.train.signals import stop_asked
 from raymed.train.unit import Unit, load_data
 
 _NOT_IDENTITY = ("run", "compute", "register", "foreign")  # where, under which name, and what is told of the model
@@ -242,7 +241,7 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
             _refuse_remains(folder, mirror)
         stack.callback(_discard_unstarted, folder, storage)
         _check_claim(folder, name, kind, config)
-        interrupted = stack.enter_context(_listen())
+        interrupted = stack.enter_context(stop_asked())
         tracker = stack.enter_context(Tracker(config.run.tracking, config.run.experiment, storage))
         budget = Budget.from_config(config.run.time_budget, config.run.max_gpu_hours, folder)
         stack.callback(budget.save)
@@ -383,40 +382,6 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
     positive = recipe.data.positive or "occluded"
     changes = {"data.manifest": str(manifest), "data.positive": positive, "data.deidentified": True}
     return replace(recipe, changes)
-
-
-@contextmanager
-def _listen() -> Iterator[Callable[[], bool]]:
-    """Yields a function that says whether Ctrl-C, SIGTERM or SIGUSR1 has come. The second Ctrl-C is immediate."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield asked.is_set
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        if asked.is_set() and number == signal.SIGINT:
-            raise Interrupted
-        asked.set()
-        print("stopping after this step; the state is saved (once more to stop at once)", file=sys.stderr, flush=True)
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield asked.is_set
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def show_progress(name: str) -> Callable[[Evaluation], None]:
-    """Prints one line an evaluation."""
-
-    def show(e: Evaluation) -> None:
-        metrics = "  ".join(f"{metric} {value:.3f}" for metric, value in e.metrics.items())
-        minutes, seconds = divmod(round(e.seconds_left), 60)
-        speed = f"{e.samples_per_second:6.0f} images/s  {minutes}:{seconds:02d} left"
-        print(f"{name}  {e.phase:7s} step {e.step:5d}  loss {e.loss:.4f}  {metrics}  {speed}", flush=True)
-
-    return show
 
 
 def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:

@@ -9,12 +9,13 @@ from raymed.config import UserError, replace
 from raymed.tasks.task import Phase
 from raymed.train.cluster import connected, fetched, gpus_of, require
 from raymed.train.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
-from raymed.train.job import Job, show_progress
+from raymed.train.job import Job
 from raymed.train.loop import Interrupted
 from raymed.train.nets import check_network_stages
 from raymed.train.nodes import check_nodes, check_tracking, check_versions
 from raymed.train.plan import PlanReport, check_fits, measurable, plan
 from raymed.train.processes import launched, together, train_together
+from raymed.train.progress import show_progress
 from raymed.train.unit import Unit, phases_of, train_unit, unit_data
 
 T = TypeVar("T")

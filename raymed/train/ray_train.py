@@ -26,10 +26,10 @@ from raymed.train.budget import Budget
 from raymed.train.cluster import fetched, gpus_of, require
 from raymed.train.desk import open_desk
 from raymed.train.elastic import group_sizes
-from raymed.train.job import show_progress
 from raymed.train.loop import Interrupted
 from raymed.train.peers import collective_timeout, is_loss, load_in_turn
 from raymed.train.plan import check_group_fits
+from raymed.train.progress import show_progress
 from raymed.train.room import (
     Bundle,
     Nodes,

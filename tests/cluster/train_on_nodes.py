@@ -18,8 +18,8 @@ from raymed.tasks.task import Optim  # noqa: E402
 from raymed.train.budget import Budget  # noqa: E402
 from raymed.train.cluster import connected  # noqa: E402
 from raymed.train.compute import Compute  # noqa: E402
-from raymed.train.job import _listen  # noqa: E402
 from raymed.train.ray_train import train_with_workers  # noqa: E402
+from raymed.train.signals import stop_asked  # noqa: E402
 from raymed.train.unit import Unit, train_unit  # noqa: E402
 
 
@@ -41,7 +41,7 @@ def main(folder: Path, arguments: dict) -> None:
         train_unit(unit)
         print("finished", flush=True)
         return
-    with connected(), _listen() as interrupted:
+    with connected(), stop_asked() as interrupted:
         done = train_with_workers(unit, Budget.from_config(None, None, folder), interrupted)
     print("finished" if done else "budget used up", flush=True)
 
