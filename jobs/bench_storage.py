@@ -33,7 +33,7 @@ from torch import nn
 from raymed.config import UserError, to_json
 from raymed.storage import s3
 from raymed.tasks.task import Network, Optim, Phase, Task
-from raymed.train.checkpoint import Checkpoints, Progress
+from raymed.train.checkpoints.checkpoint import Checkpoints, Progress
 from raymed.train.compute import Compute
 from raymed.train.nets import Networks
 

@@ -41,11 +41,11 @@ from raymed.distributed import world_size
 from raymed.tasks.classifier import ClassifierRecipe, Stage
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import load_weights
+from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.compute import Compute
-from raymed.train.job import RunConfig, open_job
 from raymed.train.loop import Fit, sampler_of, take_step
 from raymed.train.nets import Networks
+from raymed.train.runs.job import RunConfig, open_job
 from raymed.train.unit import Unit, train_unit
 from raymed.tune.config import SweepConfig
 
@@ -244,7 +244,7 @@ def throughput(
 
 def overhead(config: BenchTrain, folder: Path, recipe: ClassifierRecipe) -> dict:
     """Seconds of each trial beyond the same training alone."""
-    from raymed.train.cluster import connected
+    from raymed.train.places.cluster import connected
     from raymed.tune.config import default_params, search_space
     from raymed.tune.journal import Journal
     from raymed.tune.sweep import template

@@ -44,11 +44,11 @@ from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.models.encoder import EncoderConfig
 from raymed.tasks.classifier import ClassifierRecipe
-from raymed.train.bank import HeadBank, Replica
 from raymed.train.compute import Compute
+from raymed.train.engines.optim import schedule
+from raymed.train.heads.bank import HeadBank, Replica
 from raymed.train.loop import sampler_of
 from raymed.train.nets import Networks
-from raymed.train.optim import schedule
 
 SEEDS = (1, 2, 3)
 ASL = ("gamma_neg", "gamma_pos", "clip")

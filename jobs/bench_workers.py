@@ -10,7 +10,7 @@ normalisation on a CPU. Nothing is timed before losses and weights of the first 
 
 The ratio to DDP says what ZeRO costs (its memory is what it buys: `--plan` of any job), that to DeepSpeed what our loop
 adds. Bytes sent and seconds in collectives are those of some steps more; with them and the links of
-`raymed.train.scaling` follows how 16 and 128 GPUs would do, each with the share of the batch that was measured.
+`raymed.train.plans.scaling` follows how 16 and 128 GPUs would do, each with the share of the batch that was measured.
 
 On a machine with two GPUs the workers have one each (NCCL), otherwise they are on the CPU (gloo). Figures are for a
 machine with nothing else to do.
@@ -55,13 +55,13 @@ from raymed.random import derive
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase, Step
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import load_weights
+from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.communication import measured_communication
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, shard
 from raymed.train.loop import Fit, sampler_of, take_step
 from raymed.train.nets import Networks
-from raymed.train.scaling import projections, ring
+from raymed.train.plans.scaling import projections, ring
 
 WORKERS = 2
 LISTENED_STEPS = 20
@@ -124,6 +124,8 @@ def work(rank: int, config: BenchWorkers, folder: Path, port: int, on_gpus: bool
     os.environ["LOCAL_RANK"] = str(rank)
     if on_gpus:
         torch.cuda.set_device(rank)
+    import deepspeed  # noqa: F401 # before there is a group, see raymed.distributed
+
     where = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("nccl" if on_gpus else "gloo", init_method=where, rank=rank, world_size=WORKERS)
     recipe, data = _recipe_and_data(config, folder)

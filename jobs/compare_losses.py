@@ -15,11 +15,11 @@ import tyro
 
 from raymed.losses import LOSSES
 from raymed.tasks.classifier import SUPCON, ClassifierRecipe
-from raymed.train.cluster import connected
 from raymed.train.compute import Compute
-from raymed.train.job import RunConfig, main, open_job
-from raymed.train.launch import announce, encoder_units, flat, head_unit, run_side_by_side, single_unit
-from raymed.train.results import report
+from raymed.train.places.cluster import connected
+from raymed.train.places.launch import announce, encoder_units, flat, head_unit, run_side_by_side, single_unit
+from raymed.train.runs.job import RunConfig, main, open_job
+from raymed.train.runs.results import report
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ import tyro
 
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.compute import Compute
-from raymed.train.job import RunConfig, main, open_job
-from raymed.train.launch import run_one_by_one
-from raymed.train.results import report
+from raymed.train.places.launch import run_one_by_one
+from raymed.train.runs.job import RunConfig, main, open_job
+from raymed.train.runs.results import report
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ import tyro
 
 from raymed.registry.config import RegisterConfig
 from raymed.tasks.classifier import ClassifierRecipe
-from raymed.train.cluster import connected
 from raymed.train.compute import Compute
-from raymed.train.job import RunConfig, main, open_job
+from raymed.train.places.cluster import connected
+from raymed.train.runs.job import RunConfig, main, open_job
 from raymed.tune.config import Finals, Nested, SweepConfig, check_sweep
 from raymed.tune.nested import run_nested
 from raymed.tune.sweep import run_sweep

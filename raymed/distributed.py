@@ -9,6 +9,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # noqa: F401 -- see below
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,6 +17,11 @@ from raymed.config import UserError
 from raymed.ledger import COMMUNICATION, span
 
 T = TypeVar("T")
+
+# torch.distributed.nn, which torch itself imports sooner or later, and DeepSpeed have default arguments that are the
+# default group at the moment of their import. Imported after it, they keep it for ever: `destroy_process_group`
+# does not end its threads then, and one that still lets go of a tensor when Python shuts down aborts the process. So
+# the first is imported here, and whoever makes a group for DeepSpeed imports that before.
 
 
 def world_size() -> int:

@@ -4,7 +4,9 @@ All checks of one world size share its processes, which write what they saw; the
 """
 
 import itertools
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,8 +118,15 @@ def worker(rank: int, world: int, folder: str, arrays: dict) -> None:
         "collectives": collectives(),
         "golden": golden_supcon(arrays) if arrays else None,
     }
-    torch.save(record, f"{folder}/{rank}.pt")
+    with_group = gloo_threads()
     dist.destroy_process_group()
+    torch.save(record | {"threads": (with_group, gloo_threads())}, f"{folder}/{rank}.pt")
+
+
+def gloo_threads() -> int:
+    """How many threads of this process carry out gloo's collectives."""
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo_runloop" in name for name in names)
 
 
 @pytest.fixture(scope="module", params=[2, 3], ids=lambda world: f"{world} ranks")
@@ -132,6 +141,13 @@ def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks{world}")
     torch.multiprocessing.spawn(worker, args=(world, str(folder), arrays), nprocs=world)
     return [torch.load(folder / f"{rank}.pt") for rank in range(world)], arrays
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are read from /proc")
+def test_a_destroyed_group_leaves_no_thread(ranks):
+    """One that lets go of a tensor while Python shuts down would abort the process."""
+    for record in ranks[0]:
+        assert record["threads"][0] > 0 and record["threads"][1] == 0
 
 
 def test_collectives(ranks):

@@ -23,7 +23,7 @@ from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger
 from raymed.random import derive
 from raymed.tasks.task import Loss, Phase, Step
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import (
+from raymed.train.checkpoints.checkpoint import (
     Checkpoints,
     Progress,
     load_memory,
@@ -35,8 +35,8 @@ from raymed.train.checkpoint import (
 from raymed.train.communication import measured_communication
 from raymed.train.compute import Compute
 from raymed.train.evaluate import Feed, evaluate, shard, values
-from raymed.train.memory import OutOfMemory, give_up, halved, noticed, release
 from raymed.train.nets import Networks
+from raymed.train.out_of_memory import OutOfMemory, give_up, halved, noticed, release
 from raymed.train.pulse import FLUSH, Pulse
 from raymed.train.timing import timing
 

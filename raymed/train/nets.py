@@ -18,8 +18,8 @@ from raymed.models.checkpointing import checkpoint_activations
 from raymed.random import derive
 from raymed.tasks.task import Memory, Network, Phase, Task, setting_up
 from raymed.train.compute import Compute
-from raymed.train.ema import Average
-from raymed.train.engines import Engine, build_engine, copied_state
+from raymed.train.engines.ema import Average
+from raymed.train.engines.engine import Engine, build_engine, copied_state
 
 
 class Networks:

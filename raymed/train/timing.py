@@ -26,7 +26,7 @@ def time_spent(outbox: Outbox) -> dict[str, float]:
 def speeds(outbox: Outbox, costs: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | str]]:
     """Phase -> images a second, in the median of its evaluations, and FLOPs an image and MFU for phases whose cost was
     measured. costs: phase -> the fields of its StepCost."""
-    from raymed.train.flops import mfu
+    from raymed.train.plans.flops import mfu
 
     told: dict[str, dict[str, float | str]] = {}
     for phase, values in _by_phase(outbox).items():

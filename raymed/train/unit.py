@@ -17,6 +17,7 @@ from torch import Tensor
 
 from raymed.config import to_dict, to_json
 from raymed.data.dataset import DataSet, load
+from raymed.data.folds import Fold
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
@@ -25,12 +26,11 @@ from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import Checkpoints
+from raymed.train.checkpoints.checkpoint import Checkpoints
 from raymed.train.compute import Compute
 from raymed.train.elastic import for_world
 from raymed.train.evaluate import evaluate
-from raymed.train.features import encoder_features, note_trained_on, refuse_seen
-from raymed.train.folds import Fold
+from raymed.train.heads.features import encoder_features, note_trained_on, refuse_seen
 from raymed.train.loop import Evaluation, Fit
 
 SPLITS = ("val", "test")

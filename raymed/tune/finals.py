@@ -8,8 +8,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from raymed.train.job import Job
-from raymed.train.launch import encoder_units, run_side_by_side
+from raymed.train.places.launch import encoder_units, run_side_by_side
+from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
 from raymed.tune.config import Finals
 from raymed.tune.journal import Journal

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from raymed.space import Space
-from raymed.train.features import encoder_features
-from raymed.train.job import Job
+from raymed.train.heads.features import encoder_features
+from raymed.train.runs.job import Job
 from raymed.train.unit import unit_data
 from raymed.tune.config import SweepConfig
 from raymed.tune.journal import Journal, Status
@@ -40,7 +40,7 @@ class Heads:
         import ray
         import torch
 
-        from raymed.train.bank import Replica
+        from raymed.train.heads.bank import Replica
 
         if threads:
             torch.set_num_threads(threads)
@@ -52,7 +52,7 @@ class Heads:
 
     def begin(self, params: dict[int, dict[str, Any]]) -> None:
         """A new generation: trial -> its parameters."""
-        from raymed.train.bank import HeadBank, group
+        from raymed.train.heads.bank import HeadBank, group
 
         numbers, anywhere = list(params), self.trials.replicates[0]
         recipes = [self.trials.recipe(anywhere, params[number]) for number in numbers]

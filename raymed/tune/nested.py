@@ -11,10 +11,10 @@ variance of k-fold cross-validation has no unbiased estimator).
 import dataclasses
 from pathlib import Path
 
-from raymed.train.folds import Fold
-from raymed.train.job import Job
-from raymed.train.launch import announce, check_single_worker, flat, run_side_by_side
-from raymed.train.results import report
+from raymed.data.folds import Fold
+from raymed.train.places.launch import announce, check_single_worker, flat, run_side_by_side
+from raymed.train.runs.job import Job
+from raymed.train.runs.results import report
 from raymed.train.unit import Unit
 from raymed.tune.config import Nested, SweepConfig
 from raymed.tune.finals import DEFAULT

@@ -6,7 +6,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 
 from raymed.storage import Mirror
-from raymed.train.job import Job
+from raymed.train.runs.job import Job
 from raymed.tune.journal import Journal
 from raymed.tune.search import TIME
 from raymed.tune.trials import Trials

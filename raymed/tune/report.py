@@ -23,9 +23,9 @@ from raymed.report.sweep_record import SweepRecord, Trial
 from raymed.report.tables import comparison_table
 from raymed.tasks.classifier import load_classifier
 from raymed.tracking import environment
-from raymed.train.job import Job
-from raymed.train.openings import open_test
-from raymed.train.results import METRICS, draw_heat_maps, draw_losses, prediction, summarise
+from raymed.train.runs.job import Job
+from raymed.train.runs.openings import open_test
+from raymed.train.runs.results import METRICS, draw_heat_maps, draw_losses, prediction, summarise
 from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, predictions, unit_data
 from raymed.tune.config import Finals, SweepConfig, search_space
 from raymed.tune.finals import DEFAULT

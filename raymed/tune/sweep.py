@@ -15,9 +15,8 @@ from pathlib import Path
 from raymed.config import UserError
 from raymed.registry.config import RegisterConfig
 from raymed.storage import local_folder
-from raymed.train.cluster import gpu_share, gpus_of, require
-from raymed.train.job import Job
-from raymed.train.launch import (
+from raymed.train.places.cluster import gpu_share, gpus_of, require
+from raymed.train.places.launch import (
     ADVICE,
     announce,
     check_single_worker,
@@ -25,6 +24,7 @@ from raymed.train.launch import (
     run_side_by_side,
     trials_on_a_gpu,
 )
+from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
 from raymed.tune.config import Finals, SweepConfig, default_params, search_space
 from raymed.tune.finals import finalists, run_finals, seed_replicates

@@ -14,12 +14,12 @@ from itertools import zip_longest
 from typing import Any
 
 from raymed.config import replace
+from raymed.data.folds import Fold
 from raymed.space import Space
 from raymed.storage import Mirror
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
-from raymed.train.folds import Fold
-from raymed.train.job import Job
+from raymed.train.runs.job import Job
 from raymed.train.unit import Unit, UnitRun
 from raymed.tune.config import SweepConfig
 from raymed.tune.journal import Journal

@@ -18,8 +18,8 @@ from raymed.data.phantoms import hsg
 from raymed.registry.card import provenance, write_card
 from raymed.storage import local_folder_copy
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
-from raymed.train.job import Job
-from raymed.train.results import summarise
+from raymed.train.runs.job import Job
+from raymed.train.runs.results import summarise
 from raymed.train.unit import Unit, predictions, unit_data
 
 _FOREIGN = 200  # images of a foreign set that are looked at

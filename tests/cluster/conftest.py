@@ -3,7 +3,7 @@ process would not start: Ray reads its token only once."""
 
 import pytest
 
-from raymed.train.cluster import connected
+from raymed.train.places.cluster import connected
 
 
 @pytest.fixture(scope="session")

@@ -29,9 +29,9 @@ from raymed.data.phantoms import write_hsg
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.mlflow import resolve_uri
 from raymed.tracking.outbox import Outbox, read
-from raymed.train.checkpoint import Checkpoints, load_weights
-from raymed.train.checkpoint_files import read_state, read_tensors
-from raymed.train.checkpoint_index import step_of
+from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoints.files import read_state, read_tensors
+from raymed.train.checkpoints.index import step_of
 from raymed.train.compute import Compute
 from raymed.train.unit import Unit, train_unit
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import ray
 from raymed.config import UserError
 from raymed.data.manifest import DataConfig
-from raymed.train import nodes
+from raymed.train.places import nodes
 
 ray.init(log_to_driver=False, logging_level="ERROR")
 answers = []
@@ -34,7 +34,7 @@ Path(sys.argv[2]).write_text(json.dumps(answers))
 
 
 def ask(cluster: Nodes, folder: Path, calls: list, **environment: str) -> list[str | None]:
-    """What each call of a check of `raymed.train.nodes` says in a driver on the head; None where nothing is amiss."""
+    """What each call of a check of `raymed.train.places.nodes` says in a driver on the head; None where all is well."""
     script, asked, answers = folder / "driver.py", folder / "calls.json", folder / "answers.json"
     answers.unlink(missing_ok=True)
     script.write_text(DRIVER)

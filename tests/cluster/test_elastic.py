@@ -9,7 +9,7 @@ import torch
 from nodes import Nodes
 from train_on_nodes import main, unit_in
 
-from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
 from raymed.train.unit import Unit
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]

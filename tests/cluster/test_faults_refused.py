@@ -9,7 +9,7 @@ import pytest
 from faults import Training, beside, images
 
 from raymed.storage import working_copy
-from raymed.train.checkpoint import Checkpoints
+from raymed.train.checkpoints.checkpoint import Checkpoints
 
 
 def refused(training: Training, capsys) -> str:

@@ -21,7 +21,7 @@ from faults import (
 from nodes import Nodes, wait_for
 
 from raymed.storage import working_copy
-from raymed.train.checkpoint_index import Index
+from raymed.train.checkpoints.index import Index
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 CHECKPOINTS = "runs/run/seed-2023/checkpoints/single"

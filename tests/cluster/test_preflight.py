@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from raymed.config import UserError
-from raymed.train.cluster import require
+from raymed.train.places.cluster import require
 
 pytestmark = pytest.mark.ray
 

@@ -17,7 +17,7 @@ from raymed.data.preprocess import Preprocess
 from raymed.models.encoder import EncoderConfig
 from raymed.tasks.classifier import ClassifierRecipe, ContrastiveStage, Stage
 from raymed.tasks.task import Optim
-from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
 from raymed.train.compute import Compute
 from raymed.train.unit import SPLITS, Unit, UnitRun, predictions, train_unit
 

@@ -19,14 +19,14 @@ from train_on_nodes import unit_in
 
 from raymed.config import UserError, replace
 from raymed.tasks.task import Network, Optim, Phase, Task
-from raymed.train import ray_train
-from raymed.train.budget import Budget
-from raymed.train.cluster import fetched
-from raymed.train.desk import open_desk
 from raymed.train.loop import Interrupted
-from raymed.train.ray_train import _Group, _Training, is_death, train_with_workers, what_failed
-from raymed.train.room import Nodes as RoomNodes
-from raymed.train.room import await_room
+from raymed.train.places import ray_train
+from raymed.train.places.cluster import fetched
+from raymed.train.places.desk import open_desk
+from raymed.train.places.ray_train import _Group, _Training, is_death, train_with_workers, what_failed
+from raymed.train.places.room import Nodes as RoomNodes
+from raymed.train.places.room import await_room
+from raymed.train.runs.budget import Budget
 from raymed.train.unit import Unit
 
 pytestmark = pytest.mark.ray

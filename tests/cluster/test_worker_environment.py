@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from nodes import Nodes
 
-from raymed.train.cluster import interface_of
+from raymed.train.places.cluster import interface_of
 
 pytestmark = pytest.mark.ray
 DRIVER = """
 import json, os
 import ray
-from raymed.train.cluster import connected
+from raymed.train.places.cluster import connected
 
 with connected():
     address = ray.util.get_node_ip_address()

@@ -19,7 +19,7 @@ from raymed.models.encoder import EncoderConfig
 from raymed.tasks.classifier import ClassifierRecipe, Stage
 from raymed.tasks.task import Optim
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoint import Checkpoints, load_weights
+from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
 

@@ -15,11 +15,11 @@ from small import make_unit, recipe, write_images  # noqa: E402
 
 from raymed.tasks.classifier import Stage  # noqa: E402
 from raymed.tasks.task import Optim  # noqa: E402
-from raymed.train.budget import Budget  # noqa: E402
-from raymed.train.cluster import connected  # noqa: E402
 from raymed.train.compute import Compute  # noqa: E402
-from raymed.train.ray_train import train_with_workers  # noqa: E402
-from raymed.train.signals import stop_asked  # noqa: E402
+from raymed.train.places.cluster import connected  # noqa: E402
+from raymed.train.places.ray_train import train_with_workers  # noqa: E402
+from raymed.train.places.signals import stop_asked  # noqa: E402
+from raymed.train.runs.budget import Budget  # noqa: E402
 from raymed.train.unit import Unit, train_unit  # noqa: E402
 
 

@@ -18,7 +18,7 @@ from raymed.data.manifest import DataConfig
 from raymed.losses import LOSSES
 from raymed.tasks.classifier import METHODS, ClassifierRecipe, ContrastiveStage, Stage, load_classifier
 from raymed.tasks.task import Optim
-from raymed.train.checkpoint import load_weights
+from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
 from raymed.train.nets import Networks

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from PIL import Image
 
 from raymed.config import replace
@@ -71,3 +72,12 @@ def make_unit(recipe: ClassifierRecipe, folder: Path, **more) -> Unit:
     """A unit of the recipe."""
     cache = Path(recipe.data.manifest).parent / "cache"
     return Unit(recipe=recipe, seed=3, folder=folder, key="run/unit", name="unit", parent="run", cache=cache, **more)
+
+
+def join_group(rank: int, world: int, folder: Path) -> None:
+    """This process becomes one of a gloo group, with a thread of its own, that meets in a file of this folder."""
+    import deepspeed  # noqa: F401 # before there is a group, see raymed.distributed
+
+    torch.set_num_threads(1)
+    meeting = f"file://{folder}/rendezvous"
+    torch.distributed.init_process_group("gloo", init_method=meeting, rank=rank, world_size=world)

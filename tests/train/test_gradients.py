@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from raymed.train.engines import average_gradients
+from raymed.train.engines.engine import average_gradients
 
 
 def worker(rank: int, folder: Path) -> None:

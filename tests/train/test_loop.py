@@ -16,8 +16,8 @@ from raymed.config import UserError
 from raymed.data.augment import Augment
 from raymed.tasks.task import Loss, Network, Optim, Phase, Task
 from raymed.tracking.outbox import Outbox
-from raymed.train import checkpoint
-from raymed.train.checkpoint import load_weights
+from raymed.train.checkpoints import checkpoint
+from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit, Interrupted
 

@@ -13,7 +13,7 @@ from raymed.tasks.task import Loss, Network, Optim, Phase, Task
 from raymed.tracking.outbox import Outbox
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
-from raymed.train.memory import OutOfMemory, noticed
+from raymed.train.out_of_memory import OutOfMemory, noticed
 
 PHASE = Phase("tiny", Task(), steps=12, batch_size=8, evaluations=3)
 
@@ -103,7 +103,7 @@ def test_an_odd_batch_cannot_be_halved(data, tmp_path):
 
 
 def test_several_workers_end(monkeypatch):
-    monkeypatch.setattr("raymed.train.memory.world_size", lambda: 2)
+    monkeypatch.setattr("raymed.train.out_of_memory.world_size", lambda: 2)
     with (
         pytest.raises(UserError, match="step 6 of phase tiny on worker 0: set --tiny.accumulate to 2"),
         noticed(PHASE, 5),

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small import load_data, make_fit, recipe, write_images
+from small import join_group, load_data, make_fit, recipe, write_images
 from torch import Tensor, nn
 
 from raymed.config import UserError
@@ -25,7 +25,7 @@ from raymed.distributed import all_gather
 from raymed.models.norm import GlobalBatchNorm2d
 from raymed.random import derive, normal, uniform
 from raymed.tasks.task import Ema, Loss, Network, Optim, Phase, Task
-from raymed.train.checkpoint import load_weights
+from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit, sampler_of
 
@@ -222,8 +222,7 @@ def check_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 def worker(rank: int, base: Path, manifest: Path) -> None:
     """One of two processes: all runs."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{base}/rendezvous", rank=rank, world_size=2)
+    join_group(rank, 2, base)
     data = load_data(recipe(manifest))
     for run in RUNS:
         train(data, base / run, run)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from raymed.tasks.task import Ema, Network, Optim, Phase, Task
-from raymed.train.checkpoint import Checkpoints, Progress, resume, resume_optimizers
+from raymed.train.checkpoints.checkpoint import Checkpoints, Progress, resume, resume_optimizers
 from raymed.train.compute import Compute
 from raymed.train.nets import Networks
 

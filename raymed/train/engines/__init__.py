@@ -1,0 +1,1 @@
+"""What moves a network: plain torch or DeepSpeed, behind the same verbs."""

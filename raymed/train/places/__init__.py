@@ -1,0 +1,1 @@
+"""Where a training runs: this process, workers of Ray Train, or processes of torchrun and SLURM."""
