@@ -37,7 +37,7 @@ from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
-from raymed.distributed import world_size
+from raymed.distributed import leave_group, world_size
 from raymed.tasks.classifier import ClassifierRecipe, Stage
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
@@ -99,7 +99,7 @@ def main(config: BenchTrain) -> None:
         for name, compute in ENGINES.items():
             check_equal(folder, phase_of(recipe, data, EQUAL_STEPS), data, compute)
             figures[f"throughput, {name}"] = throughput(config, folder / name, folder, recipe, data, compute)
-        torch.distributed.destroy_process_group()  # DeepSpeed's
+        leave_group()  # DeepSpeed's
         figures["overhead of a trial"] = overhead(config, folder, recipe)
     text = to_json(figures)
     print(text)

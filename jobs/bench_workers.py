@@ -50,6 +50,7 @@ from bench_train import (
 from raymed.config import replace, to_json
 from raymed.data.dataset import DataSet, load
 from raymed.data.phantoms import write_hsg
+from raymed.distributed import leave_group
 from raymed.ledger import COMMUNICATION, Ledger
 from raymed.random import derive
 from raymed.tasks.classifier import ClassifierRecipe
@@ -136,7 +137,7 @@ def work(rank: int, config: BenchWorkers, folder: Path, port: int, on_gpus: bool
         figures[bench.title] = bench.throughput() | bench.communication()
     if rank == 0:
         (folder / "figures.json").write_text(to_json(figures))
-    dist.destroy_process_group()
+    leave_group()
 
 
 @dataclass

@@ -4,6 +4,7 @@ Every function is the identity without an initialised process group, and in one 
 runs in a plain script. They use gloo on the CPU and NCCL on GPUs, whichever the group was made with.
 """
 
+import gc
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
@@ -19,9 +20,8 @@ from raymed.ledger import COMMUNICATION, span
 T = TypeVar("T")
 
 # torch.distributed.nn, which torch itself imports sooner or later, and DeepSpeed have default arguments that are the
-# default group at the moment of their import. Imported after it, they keep it for ever: `destroy_process_group`
-# does not end its threads then, and one that still lets go of a tensor when Python shuts down aborts the process. So
-# the first is imported here, and whoever makes a group for DeepSpeed imports that before.
+# default group at the moment of their import, and so keep it for ever if it was made before. So the first is imported
+# here, and whoever makes a group for DeepSpeed imports that before. See `leave_group`.
 
 
 def world_size() -> int:
@@ -112,6 +112,17 @@ def agreed(do: Callable[[], T]) -> T:
 
 def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def leave_group() -> None:
+    """End the process group, if there is one, and its threads.
+
+    `destroy_process_group` ends those of gloo only if nobody holds the group any more, and what holds it may wait for
+    the garbage collector. A thread that lets go of a collective's tensors while Python shuts down aborts the process.
+    """
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+        gc.collect()
 
 
 class _AllGather(torch.autograd.Function):

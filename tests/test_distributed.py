@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from raymed import distributed
 from raymed.config import UserError
+from raymed.distributed import leave_group
 from raymed.losses import SupConLoss
 
 LOCAL = 4  # samples on a rank
@@ -119,7 +120,7 @@ def worker(rank: int, world: int, folder: str, arrays: dict) -> None:
         "golden": golden_supcon(arrays) if arrays else None,
     }
     with_group = gloo_threads()
-    dist.destroy_process_group()
+    leave_group()
     torch.save(record | {"threads": (with_group, gloo_threads())}, f"{folder}/{rank}.pt")
 
 

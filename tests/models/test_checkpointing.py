@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from raymed.distributed import leave_group
 from raymed.models.checkpointing import checkpoint_activations
 from raymed.models.encoder import Encoder, EncoderConfig, build_encoder
 from raymed.models.norm import GlobalBatchNorm2d, use_global_batchnorm
@@ -176,7 +177,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     checkpoint_activations(net)
     own = torch.cat([part.chunk(world)[rank] for part in images.chunk(2)])
     torch.save(steps(net, own), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def global_case() -> tuple[nn.Module, Tensor]:

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+from raymed.distributed import leave_group
 from raymed.models.norm import GlobalBatchNorm2d, GroupNorm2d, use_global_batchnorm, use_groupnorm
 
 SIZES = {2: [5, 3], 3: [4, 1, 6]}
@@ -50,7 +51,7 @@ def worker(rank: int, world: int, folder: str) -> None:
     part = slice(start, start + SIZES[world][rank])
     images, weights = batch(world)
     torch.save(run(use_global_batchnorm(network()), images[part], weights[part]), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.mark.parametrize("world", [2, 3])

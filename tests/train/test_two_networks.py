@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from small import join_group, load_data, make_fit, recipe, write_images
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from raymed.config import UserError
 from raymed.data.dataset import Batch, DataSet
-from raymed.distributed import all_gather
+from raymed.distributed import all_gather, leave_group
 from raymed.models.norm import GlobalBatchNorm2d
 from raymed.random import derive, normal, uniform
 from raymed.tasks.task import Ema, Loss, Network, Optim, Phase, Task
@@ -230,7 +229,7 @@ def worker(rank: int, base: Path, manifest: Path) -> None:
         train(data, base / f"stopped-{run}", run, evaluations=1)
     for compute in CHECKPOINTED:
         classify(manifest, base / f"again-{compute.engine}{compute.zero_stage}", compute, again=True)
-    dist.destroy_process_group()
+    leave_group()
 
 
 def classify(manifest: Path, folder: Path, compute: Compute, again: bool) -> None:

@@ -31,7 +31,7 @@ import torch
 import torch.distributed as dist
 
 from raymed.config import UserError, replace
-from raymed.distributed import all_gather_object
+from raymed.distributed import all_gather_object, leave_group
 from raymed.storage import lock, remote_of
 from raymed.train.compute import Compute
 from raymed.train.loop import Evaluation, Interrupted
@@ -222,8 +222,7 @@ class _Mesh:
     def part(self) -> None:
         """End the process group."""
         self.loading = None
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_group()
 
     def prepare(self, unit: Unit, interrupted: Callable[[], bool]) -> UnitRun:
         """The unit with its data, on every rank; what one rank cannot is raised on all. Collective."""

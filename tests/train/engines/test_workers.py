@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from small import curve, join_group, load_data, make_fit, make_unit, recipe, write_images
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, replace
-from raymed.distributed import world_size
+from raymed.distributed import leave_group, world_size
 from raymed.tasks.classifier import ClassifierRecipe, load_classifier
 from raymed.tasks.task import Optim
 from raymed.train import evaluate as evaluation
@@ -96,7 +95,7 @@ def worker(rank: int, world: int, base: Path, manifest: Path) -> None:
     record = {"result": unit.finish(), "refused": refusal(manifest, folder)}
     evaluation._BATCH = 8
     torch.save(record | {"scores": scores(manifest, base / "torch-batchnorm")}, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 def brief_recipe(manifest: Path) -> ClassifierRecipe:

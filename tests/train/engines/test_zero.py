@@ -17,7 +17,7 @@ from small import join_group
 from torch import Tensor, nn
 
 from raymed.config import UserError, replace
-from raymed.distributed import rank, world_size
+from raymed.distributed import leave_group, rank, world_size
 from raymed.tasks.task import Ema, Network, Optim, Phase, Task
 from raymed.train.compute import Compute
 from raymed.train.engines import deepspeed
@@ -241,7 +241,7 @@ def worker(number: int, folder: Path) -> None:
     results["halves"] = {name: average_of_halves(name) for name in COMPUTES}
     results["freed"] = {name: freed(name) for name in COMPUTES if name != "torch"}
     torch.save(results, folder / f"{number}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from small import join_group
 from torch import nn
 
+from raymed.distributed import leave_group
 from raymed.ledger import Ledger, span
 from raymed.tasks.task import Ema, Network, Optim, Phase, Task
 from raymed.train.communication import measured_communication
@@ -84,7 +85,7 @@ def worker(rank: int, world: int, folder: Path) -> None:
     records = {name: train(*engine) for name, engine in ENGINES.items()}
     assert dist.all_reduce is collective  # what was wrapped is as it was
     torch.save(records, folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(
