@@ -36,7 +36,11 @@ from raymed.tracking.outbox import Outbox
 JOB = Path(__file__).with_name("train_classifier.py")
 UNIT = "runs/rehearsal/seed-2023"
 PATIENCE = 600.0  # seconds until a run must have come a step further
-TOLERANCE = 1e-3  # of losses; equal runs part by rounding, which grows with the steps
+TOLERANCE = 1e-3  # of losses; equal runs part by rounding, which grows with the steps: to 1e-6 in 300 of this recipe
+RECIPE = "--method=ce --single.batch-size=32 --single.optim.lr=1e-3 --compute.threads=1".split()
+"""With all but mirror images and brightness switched off, it learns from a few hundred steps on phantoms this small; a
+larger learning rate would learn faster, and make so much of a rounding error that no run follows another."""
+SWITCHED_OFF = ("rotate", "scale", "translate", "contrast", "gamma", "sharpness", "noise")
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,9 @@ class Rehearsal:
 
     storage: str | None = None
     """s3://BUCKET/PREFIX with nothing in it yet; None = an S3 server on this machine, for as long as this takes."""
-    steps: int = 400
+    steps: int = 300
     """Of the training; faults come at 30, 50 and 75 % of them."""
-    size: int = 32
+    size: int = 48
     """Side of an image in pixels."""
     out: Path = Path("rehearsal.png")
     """The figure."""
@@ -59,10 +63,10 @@ class Run:
     def __init__(self, config: Rehearsal, storage: str, folder: Path, env: dict[str, str]):
         self.unit, self.env = folder / UNIT, env
         self.processes: list[subprocess.Popen] = []
-        self.command = [sys.executable, str(JOB), "--name=rehearsal", f"--storage={storage}", "--method=asl"]
-        self.command += [f"--data.preprocess.size={config.size}", "--single.batch-size=32", "--model.norm=group"]
+        self.command = [sys.executable, str(JOB), "--name=rehearsal", f"--storage={storage}", *RECIPE]
+        self.command += [f"--augment.{change}=0" for change in SWITCHED_OFF]
+        self.command += [f"--data.preprocess.size={config.size}"]
         self.command += [f"--single.steps={config.steps}", f"--single.evaluations={config.steps // 20}"]
-        self.command += ["--single.optim.lr=1e-3", "--compute.threads=1"]
 
     def start(self, *flags: str) -> subprocess.Popen:
         """Begin or go on, in a process group of its own."""
@@ -113,11 +117,11 @@ def rehearse(config: Rehearsal) -> Path:
 
 
 def _compared(config: Rehearsal, wanted: dict[int, float], found: dict[int, float], events: list[Event]) -> Path:
-    draw_survival(config.out, wanted, found, events)
-    apart = max(abs(found[step] - wanted[step]) / abs(wanted[step]) for step in wanted.keys() & found.keys())
-    print(f"\n{len(wanted)} steps; the losses differ by {apart:.1e} at most (relative)", flush=True)
     if missing := sorted(wanted.keys() - found.keys()):
         raise UserError(f"the killed run has no record of {len(missing)} steps, the first of them {missing[0]}")
+    draw_survival(config.out, wanted, found, events)
+    apart = max(abs(found[step] - loss) / abs(loss) for step, loss in wanted.items())
+    print(f"\n{len(wanted)} steps; the losses differ by {apart:.1e} at most (relative)", flush=True)
     if apart > TOLERANCE:
         raise UserError(f"the killed run is another one: its losses differ by more than {TOLERANCE:g}")
     return config.out.absolute()

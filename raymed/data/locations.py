@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 
 from raymed.storage import fetch_all, is_remote, local_copy, remote_of
 
+_PAGE = 1000  # objects in an answer to a listing
 Location = str | Path
 """A path on this machine, or the URL of an object (s3://BUCKET/KEY)."""
 Version = tuple[int | None, int | str | None]
@@ -78,13 +79,32 @@ def _version(path: Path) -> Version:
 
 
 def _objects(urls: Iterable[str]) -> dict[str, Version]:
-    """Size and ETag of the objects that exist, by listings of their folders: a request a thousand objects."""
-    from raymed.storage.s3 import listing
+    """Size and ETag of the objects that exist.
 
-    folders = {url.rpartition("/")[0] for url in urls}
-    tops = [folder for folder in folders if not any(above in folders for above in _above(folder))]
-    with ThreadPoolExecutor(16) as pool:
-        return {found.url: (found.size, found.etag) for part in pool.map(listing, tops) for found in part}
+    A request is for one object, many of them side by side, or for the next thousand of a folder, one after another. A
+    folder is listed for as long as that is the shorter way; what has not come up by then is asked for by itself.
+    """
+    from raymed.storage.s3 import THREADS, listing, stat
+
+    folders = _by_folder(urls)
+    pages = {folder: len(names) // THREADS for folder, names in folders.items() if len(names) >= THREADS}
+    with ThreadPoolExecutor(THREADS) as pool:
+        listed = pool.map(lambda folder: listing(folder, limit=_PAGE * pages[folder]), pages)
+        found = {one.url: one for part in listed for one in part}
+        others = [url for names in folders.values() for url in names if url not in found]
+        found |= {one.url: one for one in pool.map(stat, others) if one}
+    return {url: (one.size, one.etag) for url, one in found.items()}
+
+
+def _by_folder(urls: Iterable[str]) -> dict[str, list[str]]:
+    """Folder -> objects below it, without folders inside others."""
+    wanted = set(urls)
+    folders = {url.rpartition("/")[0] for url in wanted}
+    found: dict[str, list[str]] = {}
+    for url in sorted(wanted):
+        top = [folder for folder in _above(url) if folder in folders][-1]
+        found.setdefault(top, []).append(url)
+    return found
 
 
 def _above(folder: str) -> Iterator[str]:

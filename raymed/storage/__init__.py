@@ -5,6 +5,7 @@ which readers get a file on this machine (`local_copy`).
 """
 
 from raymed.storage.locations import (
+    address,
     exists,
     fetch_all,
     is_remote,
@@ -24,6 +25,7 @@ from raymed.storage.paths import resolve_storage, storage_folder, write_atomic
 
 __all__ = [
     "Mirror",
+    "address",
     "exists",
     "fetch_all",
     "storage_folder",

@@ -7,6 +7,7 @@ goes on where it was when the server comes back.
 """
 
 import logging
+import math
 import os
 import random
 import sys
@@ -25,6 +26,7 @@ PATIENCE = 600.0
 READ_TIMEOUT = 30  # seconds without a byte
 _ATTEMPTS = 3  # of boto3 itself, within about two seconds; nothing is said about these
 _LONGEST_PAUSE = 5.0
+_ANOTHER_OUTAGE = 60.0  # seconds after which a failure says nothing of one before
 _BUSY = (429, 500, 502, 503, 504)
 _short: ContextVar[float | None] = ContextVar("patience", default=None)
 _state: dict[str, Any] = {}
@@ -119,6 +121,7 @@ class _Patience:
     def __init__(self, host: str):
         self.host = host
         self._has_complained = False
+        self._down_since, self._last_failure = 0.0, -math.inf
         self._lock = threading.Lock()
 
     def __call__(
@@ -126,14 +129,24 @@ class _Patience:
     ) -> float | None:
         reason = _why_down(response, caught_exception)
         if reason is None:
+            self._last_failure = -math.inf
             return self._say(False, f"S3 at {self.host} answers again")
-        since = request_dict["context"].setdefault("raymed_since", time.monotonic())
-        left = _allowed() - (time.monotonic() - since)
+        now = time.monotonic()
+        since = min(self._since(now), request_dict["context"].setdefault("raymed_since", now))
+        left = _allowed() - (now - since)
         if left <= 0 or _state["over"]:
             return None
         if attempts >= _ATTEMPTS:
             self._say(True, f"S3 at {self.host} does not answer ({reason}): trying for {_duration(left)} more")
         return min(_LONGEST_PAUSE, 0.2 * 2**attempts, left) * random.uniform(0.7, 1)
+
+    def _since(self, now: float) -> float:
+        """When the endpoint went down: who asks next does not wait for it all over again."""
+        with self._lock:
+            if now - self._last_failure > _ANOTHER_OUTAGE:
+                self._down_since = now
+            self._last_failure = now
+            return self._down_since
 
     def _say(self, complaint: bool, line: str) -> None:
         with self._lock:

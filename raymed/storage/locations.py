@@ -1,7 +1,7 @@
 """Locations: a path on this machine, or s3://BUCKET/KEY as a string. Whoever reads gets a file on this machine.
 
 What raymed keeps is always a path. With a storage in S3 that path is a working copy of the URL, below LOCAL/s3, where
-LOCAL is $RAYMED_LOCAL, else ~/.cache/raymed, the same on all nodes; `raymed.storage.mirror` keeps the two in step.
+LOCAL is $RAYMED_LOCAL, else ~/.cache/raymed, on each machine its own; `raymed.storage.mirror` keeps the two in step.
 What a user names (a manifest, an image, a bundle) may be a URL; it is read through `raymed.storage.read_cache`.
 """
 
@@ -43,6 +43,11 @@ def remote_of(path: str | Path) -> str | None:
     if not absolute.is_relative_to(root) or absolute == root:
         return None
     return f"s3://{PurePosixPath(absolute.relative_to(root))}"
+
+
+def address(path: Path) -> str:
+    """What names a file or folder on every machine: the URL that a path is the working copy of, else the path."""
+    return remote_of(path) or str(path)
 
 
 def join(location: L, *names: str) -> L:

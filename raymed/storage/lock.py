@@ -12,18 +12,19 @@ from raymed.storage.paths import write_atomic
 
 
 @contextmanager
-def lock(path: str | Path) -> Iterator[None]:
+def lock(path: str | Path, lease: float | None = None) -> Iterator[None]:
     """Hold the lock file `path` (its folder is created), or raise UserError naming the process that holds it.
 
     The operating system frees the lock when its process ends, however it ends. In the working copy of a storage in S3
-    a lock object keeps out other machines too (`raymed.storage.remote_lock`).
+    a lock object keeps out other machines too (`raymed.storage.remote_lock`), which recognise a dead holder after
+    `lease` seconds; None = two minutes.
     """
     from raymed.storage.remote_lock import remote_lock
 
     path = Path(path)
     url = remote_of(path)
     with _file_lock(path):
-        with remote_lock(url) if url else nullcontext():
+        with remote_lock(url, lease) if url else nullcontext():
             yield
 
 

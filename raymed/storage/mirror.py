@@ -4,7 +4,7 @@ What was in step is on record (`raymed.storage.in_step`), which tells which side
 there; where both sides have changed the remote wins, but of *.jsonl, which only ever grow, always the longer one.
 `push` puts what has changed here, but no *.jsonl over a longer one from elsewhere. What others rely on comes last: bulk
 files first, then *.json and *.jsonl in the order in which they were written. Removing a file here does not remove it
-there; `remove` does both.
+there.
 """
 
 import os
@@ -20,7 +20,7 @@ from raymed.config import UserError
 from raymed.storage import s3
 from raymed.storage.client import give_up
 from raymed.storage.in_step import Known, Stamp
-from raymed.storage.leftovers import remove, sweep
+from raymed.storage.leftovers import sweep
 from raymed.storage.locations import in_step, push_files, remote_of
 
 _OF_THIS_MACHINE = ("lock", "*.lock", "*.pid", "*.cursor.json", "*.tmp", ".*")
@@ -93,7 +93,7 @@ class Mirror:
         self._raise()
         with self._busy:
             known = self._record.below(self.url)
-            names = (path for path in self._files(self.folder) if is_synced(self._relative(path), only))
+            names = (path for path in self._files() if is_synced(self._relative(path), only))
             stamps = {path: stamp for path in names if (stamp := Stamp.of(path)) is not None}
             changed = [path for path, stamp in stamps.items() if self._is_wanted_there(path, stamp, known)]
             batches = _batches(changed, lambda path: stamps[path].time)
@@ -104,23 +104,6 @@ class Mirror:
                     batches = batches[:done]
                     break
             return [self._relative(path) for batch in batches for path in batch]
-
-    def push_now(self, paths: Sequence[Path]) -> None:
-        """Put these files or folders, of whatever name, in this order, one after another. They are there afterwards."""
-        self._raise()
-        for path in paths:
-            for file in self._files(path) if path.is_dir() else [path]:
-                push_files([(file, self._url(file))], self._record)
-
-    def remove(self, names: Sequence[str]) -> None:
-        """Remove files or folders there and here."""
-        self._raise()
-        with self._busy:
-            for name in names:
-                urls = [f"{self.url}/{name}", *(found.url for found in s3.listing(f"{self.url}/{name}"))]
-                s3.delete(urls)
-                self._record.forget([*urls, *self._record.below(f"{self.url}/{name}")])
-                remove(self.folder / name)
 
     def follow(self, period: float = 5.0, pulled: Sequence[str] = ()) -> None:
         """Push every `period` seconds, in a thread, until `close`, and pull what has names of these patterns."""
@@ -134,7 +117,8 @@ class Mirror:
                     self._error = None
                 except Exception as error:
                     if str(error) != str(self._error):
-                        print(f"{self.folder} does not get to {self.url}: {error}", file=sys.stderr, flush=True)
+                        line = f"{self.folder} does not get to {self.url}: {error}\n"
+                        print(line, end="", file=sys.stderr, flush=True)  # in one piece: others print too
                     self._error = error
 
         self._thread = threading.Thread(target=work, name="raymed-mirror", daemon=True)
@@ -215,8 +199,8 @@ class Mirror:
         path.unlink(missing_ok=True)
         return True
 
-    def _files(self, folder: Path) -> Iterator[Path]:
-        for place, folders, names in os.walk(folder):
+    def _files(self) -> Iterator[Path]:
+        for place, folders, names in os.walk(self.folder):
             folders[:] = sorted(f for f in folders if f not in _FOLDERS_OF_THIS_MACHINE and not f.startswith("."))
             yield from (Path(place, name) for name in sorted(names))
 

@@ -56,6 +56,12 @@ def local_root() -> Path:
     return Path(tempfile.gettempdir(), f"raymed-{os.getuid()}") if is_network_share(cache) else cache / "raymed"
 
 
+def moved(path: Path, root: Path) -> Path:
+    """Where a path of another machine lies on this one: what is below that machine's `root` (its `local_root()`) is
+    below this one's."""
+    return local_root() / path.relative_to(root) if path.is_relative_to(root) else path
+
+
 @functools.cache
 def _announce(storage: Path, folder: Path) -> None:
     print(f"{storage} is on a network share: {folder.name} is kept in {folder} (RAYMED_LOCAL=PATH moves it)")

@@ -2,8 +2,8 @@
 
 It is made with a conditional put, and renewed and taken over with one that names the version it replaces, so of two
 machines exactly one gets it. Its age is measured by the server's clock. A holder that was killed is recognised at once
-on its own machine, where the file lock is free again, and after two minutes without a heartbeat elsewhere. Where the
-answer to a put was lost, the object says whose it is.
+on its own machine, where the file lock is free again, and elsewhere after two minutes, or the lease that the object
+states, without a heartbeat. Where the answer to a put was lost, the object says whose it is.
 """
 
 import json
@@ -32,12 +32,14 @@ Holder = dict[str, Any]
 
 
 @contextmanager
-def remote_lock(url: str) -> Iterator[None]:
+def remote_lock(url: str, lease: float | None = None) -> Iterator[None]:
     """Hold the lock object `url`, or raise UserError naming who holds it.
 
-    While a holder may be dead this waits, at most LOST seconds, for its next heartbeat.
+    While a holder may be dead this waits for its next heartbeat, at most as long as its lease.
+
+    lease: seconds without a heartbeat after which this holder counts as dead; None = LOST.
     """
-    me = {"host": socket.gethostname(), "process": os.getpid(), "place": _place()}
+    me = {"host": socket.gethostname(), "process": os.getpid(), "place": _place(), "lease": lease}
     etag = _acquire(url, me)
     over = threading.Event()
     thread = threading.Thread(target=_renew, args=(url, me, etag, over), name="raymed-lock", daemon=True)
@@ -59,7 +61,7 @@ def _acquire(url: str, me: Holder) -> str:
     seen, is_told = "", False
     while True:
         etag, holder, age = _look(url)
-        if not etag or age > LOST or _is_machine(me, holder):
+        if not etag or age > _lease(holder) or _is_machine(me, holder):
             if mine := _put(url, me, etag):
                 return mine
         elif seen and etag != seen:
@@ -105,11 +107,15 @@ def _beat(url: str, me: Holder, etag: str, since: float) -> str:
     found, holder, _ = _look(url)
     if found:
         return found if _is(me, holder) else ""
-    return _put(url, me, "") if since < LOST else ""
+    return _put(url, me, "") if since < _lease(me) else ""
 
 
 def _is(me: Holder, holder: Holder) -> bool:
     return all(holder.get(name) == value for name, value in me.items())
+
+
+def _lease(holder: Holder) -> float:
+    return holder.get("lease") or LOST
 
 
 def _is_machine(me: Holder, holder: Holder) -> bool:
@@ -119,9 +125,10 @@ def _is_machine(me: Holder, holder: Holder) -> bool:
 
 def _renew(url: str, me: Holder, etag: str, over: threading.Event) -> None:
     last = time.time()
-    while not over.wait(HEARTBEAT):
+    period = min(HEARTBEAT, _lease(me) / 4)
+    while not over.wait(period):
         try:
-            with patience(HEARTBEAT):
+            with patience(period):
                 etag = _beat(url, me, etag, time.time() - last)
         except UserError:
             continue  # no connection: neither has anybody else

@@ -1,7 +1,8 @@
 """Between two evaluations: whether to stop, and whether a checkpoint is due, agreed by all workers.
 
-One worker alone looks after every step. Several look after every tenth, since looking is a collective, or sooner where
-steps are slow, since a node that will go leaves half a minute. One that is to stop stops all.
+One worker alone looks after every step. Several look after the first, and then as seldom as their steps are quick, all
+of them at the same steps: after every tenth at most, since looking is a collective, and after as many as last two
+seconds on the slowest of them, since a node that will go leaves half a minute. One that is to stop stops all.
 """
 
 import time
@@ -24,8 +25,7 @@ class Pulse:
 
     def __init__(self, interrupted: Callable[[], bool], minutes: float, device: torch.device):
         self.interrupted, self.longest, self.device = interrupted, 60 * minutes, device
-        self.every = 1 if world_size() == 1 else FLUSH
-        self.left = self.every
+        self.every = self.left = 1
         self.looked_at = self.saved_at = time.monotonic()
 
     def after_step(self) -> tuple[bool, bool]:

@@ -7,7 +7,7 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,6 +23,7 @@ from raymed.distributed import rank, world_size
 from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.meters import BinaryMeter
 from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
+from raymed.storage.network import local_root, moved
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
@@ -60,6 +61,10 @@ class Unit:
     """What is scored at the end; trials of a sweep do not look at test."""
     tags: dict[str, str] = field(default_factory=dict)
 
+    def __reduce__(self) -> tuple[Callable, tuple]:
+        """Another machine may have its disk for working copies and caches elsewhere: there the unit lies on that."""
+        return _arrived, (local_root(), self.__dict__)
+
     @property
     def outbox(self) -> Outbox:
         """What it tells the tracker."""
@@ -76,6 +81,11 @@ class Unit:
         if not path.is_file() and exists(path) and (mirror := Mirror.of(self.folder)):
             mirror.pull()
         return json.loads(path.read_text()) if path.is_file() else None
+
+
+def _arrived(root: Path, values: dict[str, Any]) -> Unit:
+    unit = Unit(**values)
+    return replace(unit, folder=moved(unit.folder, root), cache=moved(unit.cache, root))
 
 
 def phases_of(unit: Unit, data: DataSet) -> tuple[Phase, ...]:

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from raymed.storage import address
 from raymed.train.places.launch import encoder_units, run_side_by_side
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
@@ -21,7 +22,7 @@ DEFAULT = "default"
 def seed_replicates(job: Job, seeds: Sequence[int]) -> tuple[list[Unit], tuple[Replicate, ...]]:
     """The encoders to be trained first (none for one-stage methods), and a replicate a seed."""
     encoders = encoder_units(job, seeds) if job.recipe.two_stage else []
-    folders = {unit.seed: str(unit.folder / "checkpoints" / "supcon") for unit in encoders}
+    folders = {unit.seed: address(unit.folder / "checkpoints" / "supcon") for unit in encoders}
     return encoders, tuple(Replicate(f"seed-{seed}", seed, encoder=folders.get(seed)) for seed in seeds)
 
 

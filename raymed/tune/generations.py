@@ -137,15 +137,17 @@ def run_generations(
 
 
 def wait_for(job: Job, references: list[Any]) -> list[Any] | None:
-    """What Ray's tasks give, or None when the job's budget is used up before; Ctrl-C ends the waiting."""
+    """What Ray's tasks give, or None when the job's budget is used up before; Ctrl-C ends the waiting. Both are looked
+    at before anything else: tasks may be so short that there is nothing to wait for."""
     import ray
 
-    while len(ray.wait(references, num_returns=len(references), timeout=0.5)[0]) < len(references):
+    while True:
         if job.interrupted():
             raise KeyboardInterrupt
         if job.budget.exhausted():
             return None
-    return ray.get(references)
+        if len(ray.wait(references, num_returns=len(references), timeout=0.5)[0]) == len(references):
+            return ray.get(references)
 
 
 def _is_open(journal: Journal, number: int) -> bool:

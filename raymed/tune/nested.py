@@ -12,6 +12,7 @@ import dataclasses
 from pathlib import Path
 
 from raymed.data.folds import Fold
+from raymed.storage import address
 from raymed.train.places.launch import announce, check_single_worker, flat, run_side_by_side
 from raymed.train.runs.job import Job
 from raymed.train.runs.results import report
@@ -70,6 +71,6 @@ def _outer(job: Job, sweep: SweepConfig, nested: Nested, outer: int, seed: int) 
     folds = [Fold(outer, nested.outer or 2, inner, nested.inner) for inner in range(nested.inner)]
     encoders = [dataclasses.replace(job.unit(f"{name}/encoder/{f.name}", seed, part="encoder"), fold=f) for f in folds]
     encoders = encoders if job.recipe.two_stage else []
-    folders = [str(unit.folder / "checkpoints" / "supcon") for unit in encoders] or [None] * len(folds)
+    folders = [address(unit.folder / "checkpoints" / "supcon") for unit in encoders] or [None] * len(folds)
     replicates = tuple(Replicate(f.name, seed, f, folder) for f, folder in zip(folds, folders, strict=True))
     return Trials(own, replicates, sweep.metric), encoders

@@ -53,11 +53,11 @@ _RECIPE = (
 class Training:
     """The job in one storage.
 
-    url: that of the storage where it is a bucket; `storage` is its working copy then.
+    url: that of the storage where it is a bucket; `storage` is its working copy then. manifest: a file or a URL.
     """
 
     storage: Path
-    manifest: Path
+    manifest: Path | str
     url: str | None = None
     flags: Sequence[str] = (TWO,)
     steps: int = STEPS

@@ -137,10 +137,10 @@ class Nodes:
         own = {"HOME": str(self.home), "RAY_ADDRESS": self.address, "RAYMED_HOME": str(self.folder / "raymed")}
         return kept | _QUIET | _QUICK | own
 
-    def add_node(self, cpus: int = 1, name: str | None = None) -> Node:
-        """One node more; returns when the cluster has it."""
+    def add_node(self, cpus: int = 1, name: str | None = None, **environment: str) -> Node:
+        """One node more; returns when the cluster has it. What runs there has this environment besides."""
         name = name or f"node-{len(self.nodes)}"
-        return self._start(name, cpus, [f"--address={self.address}", f"--temp-dir={self.temp}"])
+        return self._start(name, cpus, [f"--address={self.address}", f"--temp-dir={self.temp}"], environment)
 
     def kill_node(self, node: Node) -> None:
         """The node is lost."""
@@ -176,12 +176,12 @@ class Nodes:
         done = subprocess.run(words, env=self.environment, capture_output=True, text=True, timeout=120)
         return json.loads(done.stdout.strip().splitlines()[-1]) if done.returncode == 0 else []
 
-    def _start(self, name: str, cpus: int, more: Sequence[str]) -> Node:
+    def _start(self, name: str, cpus: int, more: Sequence[str], own: dict[str, str] | None = None) -> Node:
         words = [*self.prefix(name), str(RAY), "start", "--block", "--disable-usage-stats", f"--num-cpus={cpus}"]
         words += [f"--node-ip-address={self.ip(name)}", f"--object-store-memory={80 * 2**20}"]
         words += ["--dashboard-agent-listen-port=0", "--include-log-monitor=" + str(name == "head").lower(), *more]
         path = self.folder / f"{name}.log"
-        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+        environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"} | (own or {})
         with open(path, "w") as log:
             process = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
         node = Node(name, process)

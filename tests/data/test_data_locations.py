@@ -1,12 +1,24 @@
 """Where images lie, and by what a change of a file is told."""
 
+import hashlib
 import os
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from raymed.data.locations import below, ending, fetch, folder_of, near, versions
 from raymed.storage import working_copy
+from raymed.storage.client import client
+
+
+@pytest.fixture
+def requests(s3):
+    """Names of the operations that are asked of S3 from now on."""
+    asked: list[str] = []
+    client().meta.events.register("before-call.s3", lambda model, **_: asked.append(model.name))
+    return asked
 
 
 @pytest.mark.parametrize(
@@ -52,6 +64,22 @@ def test_the_version_of_an_object_is_known_without_fetching_it(s3):
     s3.put("set/a.png", b"set/A.png")
     second = versions(urls)
     assert [url for url in urls if first[url] != second[url]] == urls[:1] and second[urls[0]][0] == 9
+
+
+@pytest.mark.parametrize(("wanted", "others", "lists", "heads"), [(8, 0, 0, 8), (40, 0, 1, 0), (40, 2500, 2, 40)])
+def test_a_folder_is_listed_where_that_takes_fewer_rounds(s3, requests, wanted, others, lists, heads):
+    """16 objects at a time against 1000 of the folder, whatever is in it; what is wanted comes last in its order."""
+    with ThreadPoolExecutor(32) as pool:
+        list(pool.map(lambda i: s3.put(f"set/a-{i}.png", b"other"), range(others)))
+    for i in range(wanted):
+        s3.put(f"set/deep/z-{i}.png", b"x" * (i + 1))
+    urls = [f"{s3.url}/set/deep/z-{i}.png" for i in range(wanted)]
+    s3.put("set/own.png", b"")
+
+    found = versions([*urls, f"{s3.url}/set/own.png"])
+    assert [found[url][0] for url in urls] == list(range(1, wanted + 1))
+    assert found[f"{s3.url}/set/own.png"] == (0, hashlib.md5(b"").hexdigest())
+    assert Counter(requests) == Counter(ListObjectsV2=lists, HeadObject=heads + bool(heads))
 
 
 def test_what_is_fetched(s3):

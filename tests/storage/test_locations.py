@@ -12,6 +12,7 @@ import pytest
 
 from raymed.config import UserError
 from raymed.storage import (
+    address,
     exists,
     fetch_all,
     is_remote,
@@ -37,6 +38,12 @@ def test_a_working_copy_and_its_url(tmp_path, monkeypatch):
         assert remote_of(path) is None
     with pytest.raises(UserError, match="s3://b/../../x"):
         working_copy("s3://b/../../x")
+
+
+def test_an_address_holds_on_every_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path))
+    assert address(tmp_path / "s3" / "bucket" / "a b" / "x") == "s3://bucket/a b/x"
+    assert address(tmp_path / "x") == f"{tmp_path}/x"
 
 
 def test_names(tmp_path):

@@ -87,6 +87,17 @@ def test_what_a_killed_process_held_is_free_at_once_here_and_soon_elsewhere(s3, 
     assert "is locked on" in capfd.readouterr().err
 
 
+def test_a_lease_is_the_holders(s3, url, monkeypatch):
+    """Whoever comes goes by what the object says."""
+    monkeypatch.setattr(remote_lock, "LOST", 600)
+    with lock(working_copy(url), lease=30):
+        assert json.loads(s3.get("runs/r/lock"))["lease"] == 30
+    objects.put_bytes(url, b'{"host": "gone", "process": 1, "place": "elsewhere", "lease": 2}')
+    start = time.monotonic()
+    with lock(working_copy(url)):
+        assert 1 < time.monotonic() - start < 60
+
+
 def test_of_many_that_wait_one_gets_it(s3, url, monkeypatch):
     objects.put_bytes(url, b'{"host": "gone", "process": 1, "place": "elsewhere"}')
     monkeypatch.setattr(remote_lock, "_place", lambda: uuid.uuid4().hex)  # each on a machine of its own

@@ -134,14 +134,17 @@ def test_a_frozen_server_is_waited_for(s3, monkeypatch, capfd):
 
 
 def test_an_endpoint_that_stays_down_ends_with_a_message(s3, monkeypatch, capfd):
+    """Who asks next does not wait as long again: boto3 alone takes up to 3 s for its three attempts."""
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setenv("RAYMED_S3_PATIENCE", "1.5")
-    start = time.monotonic()
-    with pytest.raises(
-        UserError, match=r"S3 does not answer, s3://b/c is out of reach .*127.0.0.1:9.*AWS_ENDPOINT_URL"
-    ):
-        objects.put_bytes("s3://b/c", b"")
-    assert 1.5 <= time.monotonic() - start < 15
+    monkeypatch.setenv("RAYMED_S3_PATIENCE", "4")
+    message = r"S3 does not answer, s3://b/c is out of reach .*127.0.0.1:9.*AWS_ENDPOINT_URL"
+    waited = []
+    for _ in range(2):
+        start = time.monotonic()
+        with pytest.raises(UserError, match=message):
+            objects.put_bytes("s3://b/c", b"")
+        waited.append(time.monotonic() - start)
+    assert 4 <= waited[0] < 15 and waited[1] < 3.8
     assert "S3 at 127.0.0.1:9 does not answer (EndpointConnection): trying for " in capfd.readouterr().err
 
 

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,7 @@ from small import load_data, make_unit, recipe
 from raymed.bundle import Bundle
 from raymed.config import UserError, to_json
 from raymed.metrics.classification import binary_metrics, tune_threshold
-from raymed.storage import lock
+from raymed.storage import lock, working_copy
 from raymed.tasks.classifier import load_classifier
 from raymed.train.loop import Interrupted
 from raymed.train.unit import predictions, train_unit
@@ -115,6 +116,19 @@ def test_a_unit_in_use_by_another_process_is_refused(manifest, tmp_path):
     leave.set()
     other.join()
     assert other.exitcode == 0 and not (unit.folder / "result.json").exists()
+
+
+def test_on_another_machine_it_lies_on_the_disk_of_that(manifest, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "a"))
+    shared = replace(make_unit(recipe(manifest), tmp_path / "shared"), cache=tmp_path / "a" / "0123" / "cache")
+    apart = replace(shared, folder=working_copy("s3://bucket/storage/runs/run/seed-3"))
+    sent = pickle.dumps([shared, apart])
+    assert pickle.loads(sent) == [shared, apart]
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "b"))
+    arrived = pickle.loads(sent)
+    assert [unit.folder for unit in arrived] == [tmp_path / "shared", tmp_path / "b/s3/bucket/storage/runs/run/seed-3"]
+    assert all(unit.cache == tmp_path / "b" / "0123" / "cache" for unit in arrived)
+    assert replace(arrived[1], folder=apart.folder, cache=apart.cache) == apart
 
 
 def test_another_seed_is_another_model(trained, manifest, tmp_path):

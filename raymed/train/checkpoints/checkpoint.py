@@ -11,7 +11,6 @@ removes it, so a process may be killed at any point.
 """
 
 import errno
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -198,10 +197,9 @@ class Checkpoints:
                 self.bucket.put(index)
 
     def _spread(self) -> None:
-        """One process of every other node takes what the bucket has. Collective."""
-        if self.bucket:
-            leads = rank() > 0 and os.environ.get("LOCAL_RANK", "0") == "0"
-            agreed(self._follow if leads else lambda: None)
+        """Every other disk gets what the bucket has. Collective."""
+        if self.bucket:  # whoever comes second to a disk finds it there; LOCAL_RANK does not tell disks apart
+            agreed(self._follow if rank() > 0 else lambda: None)
 
     def _follow(self) -> None:
         assert self.bucket

@@ -3,6 +3,8 @@
 import logging
 import math
 import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,6 +33,7 @@ _ENVIRONMENT = {
 
 
 _SETTINGS = ("AWS_", "MLFLOW_", "RAYMED_", "GLOO_", "NCCL_")  # names of variables that follow the work to every node
+_OF_A_NODE = ("RAYMED_LOCAL",)  # where its own disk is; whoever has none of these gets the driver's
 _RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
 
@@ -48,12 +51,16 @@ def connected(num_cpus: int | None = None) -> Iterator[None]:
         yield
         return
     with ExitStack() as stack:
+        handler = signal.getsignal(signal.SIGTERM)
         if os.environ.get("RAY_ADDRESS"):
             hook = {"worker_process_setup_hook": _preparation()}
             ray.init(log_to_driver=True, logging_level=logging.WARNING, runtime_env=hook)
         else:
             _start(num_cpus, stack.enter_context(TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True)))
         stack.callback(ray.shutdown)
+        # Ray has put its own in the place of ours, which lets the run stop after a checkpoint.
+        if callable(handler) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, handler)
         yield
 
 
@@ -85,12 +92,14 @@ def _preparation() -> Callable[[], None]:
 def _prepare_worker(settings: Mapping[str, str]) -> None:
     import ray
 
-    os.environ.update(settings)
+    own = {name: os.environ[name] for name in _OF_A_NODE if name in os.environ}
+    os.environ.update({**settings, **own})
     # Where several clusters run on one machine, Ray Train's helpers would not know theirs.
     os.environ.setdefault("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
     # Ray Train warns each second that a cluster without a dashboard has no dashboard.
     cleaner = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
     logging.getLogger(cleaner).setLevel(logging.ERROR)
+    logging.getLogger("botocore").setLevel(logging.WARNING)  # which says where its endpoint comes from
     # Where the host's name resolves to 127.0.0.1, gloo would offer that to other nodes.
     interface = interface_of(ray.util.get_node_ip_address())
     if interface and "GLOO_SOCKET_IFNAME" not in os.environ:

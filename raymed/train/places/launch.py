@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from raymed.config import UserError, replace
+from raymed.storage import address
 from raymed.tasks.task import Phase
 from raymed.train.loop import Interrupted
 from raymed.train.nets import check_network_stages
@@ -230,7 +231,7 @@ def encoder_units(job: Job, seeds: Sequence[int]) -> list[Unit]:
 
 def head_unit(job: Job, method: str, encoder: Unit) -> Unit:
     """A two-stage method on a shared encoder."""
-    changes = {"method": method, "supcon.encoder_from": str(encoder.folder / "checkpoints" / "supcon")}
+    changes = {"method": method, "supcon.encoder_from": address(encoder.folder / "checkpoints" / "supcon")}
     return job.unit(f"{method}/seed-{encoder.seed}", encoder.seed, replace(job.recipe, changes))
 
 

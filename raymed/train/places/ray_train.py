@@ -44,6 +44,7 @@ from raymed.train.unit import Unit, UnitRun, phases_of, unit_data
 _FAILURES = 3  # in a row and without an evaluation between them: then the training has failed
 _LOOK = 1.0  # seconds between two looks at nodes and budget
 _SOURCE = re.compile(r"\[?\S*/\S+\.(?:cc|cpp|cu|h|hpp):\d+\]?[,:]?\s*")  # where a message of torch's comes from
+_LEASE = 20.0  # seconds after which one that a lost node has left in a bucket is over: a new first worker waits for it
 _FENCE = 120.0  # seconds for which a new first worker waits for an old one to die; a lease of NFS is 90
 
 
@@ -336,7 +337,7 @@ def _alone(folder: Path) -> Iterator[None]:
     with ExitStack() as stack:
         while True:
             try:
-                stack.enter_context(lock(folder / "lock"))
+                stack.enter_context(lock(folder / "lock", _LEASE))
                 break
             except UserError:
                 if time.monotonic() > until:

@@ -7,6 +7,7 @@ torch's meta device. Activations, FLOPs and times are measured by a dry run of o
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,42 +21,14 @@ from raymed.tasks.task import Phase
 from raymed.train.compute import Compute
 from raymed.train.plans.estimate import StepCost, gpu_bytes, in_bytes, measure
 from raymed.train.plans.flops import mfu
+from raymed.train.plans.place import Place, places
 from raymed.train.plans.scaling import Scaled, projections
-from raymed.train.plans.sizes import Bytes, Sizes, memory_of, sent_of, sizes_of
+from raymed.train.plans.sizes import Bytes, Sizes, copied_bytes, memory_of, sent_of, sizes_of
 
 HEADROOM = 0.1  # of a device's memory that is kept free: torch's allocator holds more than is in use
 CONTEXT = 600 * 2**20  # bytes that CUDA with its libraries takes of a GPU, or Python with torch of a CPU's memory
 _LARGE = 1_000_000_000  # trained parameters from which on sharding is worth what it costs
 _MOST_WORKERS = 1024  # that are thought of
-
-
-@dataclass(frozen=True)
-class Place:
-    """How the states of networks lie on the workers."""
-
-    stage: int
-    """ZeRO's."""
-    offload: bool = False
-
-    def __str__(self) -> str:
-        return f"ZeRO {self.stage}{' + offload' if self.offload else ''}"
-
-    @property
-    def flags(self) -> str:
-        """What asks for it on a command line."""
-        return f"--compute.zero-stage {self.stage}{' --compute.offload' if self.offload else ''}"
-
-
-SHARDED = (Place(1), Place(2), Place(3))
-OFFLOADED = (Place(2, True), Place(3, True))
-
-
-def places(workers: int, gpu: bool) -> tuple[Place, ...]:
-    """What there is to choose from, in the order of preference: one worker has nothing to shard, and only a GPU has
-    another memory to offload to."""
-    if workers == 1:
-        return (Place(0), *OFFLOADED[: int(gpu)])
-    return (Place(0), *SHARDED, *(OFFLOADED if gpu else ()))
 
 
 @dataclass(frozen=True)
@@ -73,6 +46,11 @@ class PhasePlan:
     def workers(self) -> int:
         """Those that the run asks for."""
         return self.compute.workers
+
+    @property
+    def gpu(self) -> bool:
+        """Whether a worker's device is one."""
+        return self.compute.resolved_device().type == "cuda"
 
     @property
     def micro_batch(self) -> int:
@@ -118,11 +96,12 @@ class PhasePlan:
         return memory_of(self.sizes[network], stage, workers or self.workers, accumulate, place.offload)
 
     def needed(self, place: Place, workers: int = 0, accumulate: int = 0) -> int:
-        """Bytes of one worker's device: states, buffers, activations, and what a process takes beside its tensors."""
+        """Bytes of one worker's device: states, buffers, activations, a checkpoint's copy, and what a process takes
+        beside its tensors."""
         states = sum(self.memory(network, place, workers, accumulate).total for network in self.sizes)
         images = self.phase.batch_size / (accumulate or self.phase.accumulate) / (workers or self.workers)
         training = states + round(self.activations * min(1.0, math.ceil(images) / self.micro_batch))
-        return max(training, self.whole) + CONTEXT
+        return max(training, self.whole) + self.copy_share(workers) + CONTEXT
 
     def states(self, place: Place) -> int:
         """Bytes of one worker's device that nothing can do without."""
@@ -132,6 +111,15 @@ class PhasePlan:
     def whole(self) -> int:
         """Bytes of all networks as they are built on every device, before stage 3 cuts them, and as they are scored."""
         return sum(sizes.whole_bytes for sizes in self.sizes.values())
+
+    @functools.cached_property
+    def copied(self) -> int:
+        """Bytes of the copy from which rank 0 writes a checkpoint, in the memory of its CPU."""
+        return copied_bytes(self.phase, self.sizes)
+
+    def copy_share(self, workers: int = 0) -> int:
+        """Bytes of it for each worker's device: none on a GPU; workers on a CPU share the memory that it is in."""
+        return 0 if self.gpu else math.ceil(self.copied / (workers or self.workers))
 
     def sent(self, place: Place, workers: int) -> float:
         """Bytes that each of so many workers sends a step."""
@@ -157,8 +145,11 @@ class PlanReport:
     """Bytes of it that one worker has."""
     whole: int
     """Bytes of it; the workers on a CPU share them."""
-    gpu: bool
-    """Whether it is one."""
+
+    @property
+    def gpu(self) -> bool:
+        """Whether it is one."""
+        return self.compute.resolved_device().type == "cuda"
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -291,7 +282,7 @@ def plan(
         sizes = sizes_of(phase)
         cost = _measured(phase, sizes, data, seed, compute, threads)
         planned.append(PhasePlan(phase, sizes, compute, cost))
-    return PlanReport(tuple(planned), compute, name, memory, whole, device.type == "cuda")
+    return PlanReport(tuple(planned), compute, name, memory, whole)
 
 
 def _measured(
@@ -327,8 +318,7 @@ def check_fits(phases: Sequence[Phase], compute: Compute) -> list[str]:
         planned = PhasePlan(phase, sizes_of(phase), compute, None)
         message = refusal(planned, place, memory, name)
         if message:
-            gpu = compute.resolved_device().type == "cuda"
-            better = PlanReport((planned,), compute, name, memory, memory, gpu)
+            better = PlanReport((planned,), compute, name, memory, memory)
             raise UserError(f"{message}. {better._or_else()}")
         needed = planned.needed(place)
         if needed > (1 - HEADROOM) * memory:

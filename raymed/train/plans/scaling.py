@@ -9,8 +9,9 @@ Every worker computes for t seconds a step and sends b(W) bytes (`sizes.py`; a r
             = max(t, c(W))       hidden behind it as far as it goes
     efficiency(W) = t / step(W)
 
-Rings inside a node are as fast as NVLink, rings over nodes as slow as a worker's part of the network between them.
-Stragglers, congestion and the reading of data are left out: a bound from above.
+Inside a node a ring is as fast as one GPU's NVLink. Over nodes NCCL lays as many rings as there are network cards, each
+for its part of the tensor, so that b crosses each node's whole network once: B is then that of a node, all its GPUs
+together. Stragglers, congestion and the reading of data are left out: a bound from above.
 """
 
 from collections.abc import Callable
@@ -19,21 +20,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Link:
-    """How a worker reaches the next one."""
+    """How workers reach each other."""
 
     name: str
     bytes_per_second: float
-    """Each way, of one GPU."""
+    """Each way: of one GPU inside a node, of a whole node between nodes."""
     latency: float
     """Seconds of one message."""
 
 
 NVLINK = Link("NVLink", 450e9, 5e-6)
 """Fourth generation, inside a node of 8 H100 (900 GB/s in both directions together)."""
-INFINIBAND = Link("InfiniBand", 50e9, 10e-6)
-"""400 Gb/s for each GPU."""
-ETHERNET = Link("Ethernet", 25e9 / 8, 50e-6)
-"""25 Gb/s for each GPU."""
+INFINIBAND = Link("InfiniBand", 8 * 50e9, 10e-6)
+"""400 Gb/s for each of a node's 8 GPUs."""
+ETHERNET = Link("Ethernet", 100e9 / 8, 50e-6)
+"""100 Gb/s for a node."""
 _NODE = 8  # GPUs that NVLink joins
 
 

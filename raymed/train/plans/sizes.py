@@ -16,15 +16,22 @@ backward pass, up to a billion elements, and beyond gathers twice; small paramet
 are gathered once a step. The formulas are DeepSpeed 0.19's, checked against its real tensors and collectives.
 
 Networks are built whole on every device, and cut then: 4 E is needed at any stage, and once at stage 3.
+
+A checkpoint is written from a copy of all that is in it, which rank 0 holds in the memory of its CPU: whole at any
+stage, 4 E of weights, 4 E of averages where any are kept, 8 E of optimiser state, and what the task remembers.
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
 from raymed.tasks.task import Network, Phase
 from raymed.train.engines.deepspeed import BUCKET, KEPT_WHOLE
+
+T = TypeVar("T")
 
 _FLOAT = 4  # bytes
 _LIVE = 1_000_000_000  # elements that stage 3 keeps whole between forward and backward pass
@@ -52,6 +59,12 @@ class Sizes:
     def whole_bytes(self) -> int:
         """Of the network as it is built, before stage 3 cuts it."""
         return _FLOAT * self.trained + self.fixed_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the optimiser's state, whole: its numbers, and AdamW's step of every parameter."""
+        steps = sum(map(len, self.groups)) if self.moments == 2 else 0
+        return _FLOAT * (self.moments * self.trained + steps)
 
     @property
     def small(self) -> int:
@@ -99,13 +112,25 @@ class Bytes:
 
 def sizes_of(phase: Phase) -> dict[str, Sizes]:
     """Every network of a phase, counted without allocating it where its construction allows that."""
+    return {name: _sizes(network) for name, network in _on_meta(phase.task.networks).items()}
+
+
+def copied_bytes(phase: Phase, sizes: Mapping[str, Sizes]) -> int:
+    """Of the copy from which a checkpoint of a phase is written while its training goes on. sizes: by network."""
+    weights = sum(size.whole_bytes for size in sizes.values())
+    averages = weights if any(size.averaged for size in sizes.values()) else 0
+    memory = sum(tensor.nbytes for tensor in _on_meta(phase.task.memory).values())
+    return weights + averages + sum(size.state_bytes for size in sizes.values()) + memory
+
+
+def _on_meta(build: Callable[[], T]) -> T:
+    """What `build` returns, without allocating its tensors where it allows that."""
     with torch.random.fork_rng():
         try:
             with torch.device("meta"):
-                networks = phase.task.networks()
-        except (NotImplementedError, RuntimeError):  # reads weights, or computes with them
-            networks = phase.task.networks()
-    return {name: _sizes(network) for name, network in networks.items()}
+                return build()
+        except (NotImplementedError, RuntimeError):  # reads numbers, or computes with them
+            return build()
 
 
 def _sizes(network: Network) -> Sizes:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _WIDTH = 100
 _LINKS = (
     "weak scaling: speed of so many GPUs with as many images each, of that many times one, were a step as long as "
-    "here; NVLink of 450 GB/s, InfiniBand of 50 and Ethernet of 3.1 GB/s a GPU"
+    "here; NVLink of 450 GB/s a GPU, InfiniBand of 400 and Ethernet of 12.5 GB/s a node"
 )
 _CUT = "ZeRO 3: networks are built, and scored, whole on every device; it needs room for their weights at least"
 _NAMES = {
@@ -98,6 +98,10 @@ def _rows(report: "PlanReport", phase: "PhasePlan") -> Iterator[tuple[str, list[
             if any(values):
                 yield ("  " if several else "") + label, [in_bytes(value) if value else "-" for value in values]
     yield "activations", [in_bytes(phase.activations) if phase.cost else "?"] * len(report.places)
+    if phase.gpu:  # in brackets, as what is offloaded: not on the device
+        yield "(checkpoint's copy)", [in_bytes(phase.copied)] * len(report.places)
+    else:
+        yield "checkpoint's copy", [in_bytes(phase.copy_share())] * len(report.places)
     yield "the process itself", [in_bytes(CONTEXT)] * len(report.places)
 
 
@@ -108,6 +112,8 @@ def _needed(report: "PlanReport", phase: "PhasePlan", place: Any) -> str:
 
 def _measures(report: "PlanReport", phase: "PhasePlan") -> Iterator[str]:
     cost, place = phase.cost, report.asked
+    shared = f", shared by {phase.workers} workers" if phase.workers > 1 and not phase.gpu else ""
+    yield f"a checkpoint is written from a copy of {in_bytes(phase.copied)} in the memory of rank 0's host{shared}"
     if cost is None:
         yield "not measured: an unsharded copy does not fit on this machine; activations and times are unknown"
         return
@@ -145,6 +151,7 @@ def _phase_dict(report: "PlanReport", phase: "PhasePlan") -> dict[str, Any]:
     return {
         "steps": phase.phase.steps,
         "micro_batch": phase.micro_batch,
+        "checkpoint_copy_bytes": phase.copied,
         "trained_parameters": {name: sizes.trained for name, sizes in phase.sizes.items()},
         "bytes": {
             str(place): {name: dataclasses.asdict(phase.memory(name, place)) for name in phase.sizes}

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from raymed.config import UserError, check_range, config_hash, replace, to_dict, to_json
 from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
-from raymed.storage import Mirror, local_folder, lock, resolve_storage, write_atomic
+from raymed.storage import Mirror, address, local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.places.processes import as_launched, driving, follow, launched
@@ -336,7 +336,7 @@ def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
     if mirror := Mirror.of(manifest.parent):  # other nodes read them there
         mirror.push()
     positive = recipe.data.positive or "occluded"
-    changes = {"data.manifest": str(manifest), "data.positive": positive, "data.deidentified": True}
+    changes = {"data.manifest": address(manifest), "data.positive": positive, "data.deidentified": True}
     return replace(recipe, changes)
 
 

@@ -127,6 +127,7 @@ def test_an_encoder_that_was_trained_further_elsewhere(s3, machine, monkeypatch,
 def two_nodes(rank: int, folder: Path, url: str, answers) -> None:
     """The second of two has a checkpoint that neither the bucket nor the first has."""
     os.environ["RAYMED_LOCAL"] = str(folder / str(rank))
+    os.environ["LOCAL_RANK"] = str(rank)  # Ray Train counts by address, and several nodes may be at one
     in_bucket = Checkpoints(working_copy(url) / "checkpoints" / "tiny")
     on_disk = Checkpoints(folder / str(rank) / "disk")
     if rank == 1:

@@ -8,12 +8,15 @@ from contextlib import nullcontext
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
 from small import make_fit, recipe
 from torch import nn
 
 from raymed.config import UserError
-from raymed.tasks.task import Network, Optim, Phase, Task
+from raymed.tasks.task import Ema, Network, Optim, Phase, Task
+from raymed.train.checkpoints.checkpoint import _copies
 from raymed.train.compute import Compute
+from raymed.train.nets import Networks
 from raymed.train.plans import plan as planning
 from raymed.train.plans.estimate import StepCost, measure
 from raymed.train.plans.plan import (
@@ -28,8 +31,19 @@ from raymed.train.plans.plan import (
 )
 from raymed.train.plans.sizes import Sizes, sizes_of
 
-COMPUTE = Compute(threads=1, device="cpu")
 GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class OnGpus(Compute):
+    """GPUs that nobody has to have: a plan by counting asks for no more than this."""
+
+    def resolved_device(self) -> torch.device:
+        return torch.device("cuda", 0)
+
+
+COMPUTE = Compute(threads=1, device="cpu")
+GPUS = OnGpus(threads=1)
 
 
 @dataclasses.dataclass
@@ -50,14 +64,30 @@ class Wide(Task):
         return nn.Linear(self.width, self.width, bias=False)
 
 
+class Copied(Task):
+    """All that a checkpoint may hold: one network with an average and buffers, one with SGD, one that is not trained,
+    and a memory."""
+
+    def networks(self):
+        normed = nn.Sequential(nn.Conv2d(3, 7, 3), nn.BatchNorm2d(7))
+        return {
+            "averaged": Network(normed, Optim("adamw"), Ema()),
+            "plain": Network(nn.Conv2d(3, 2, 3), Optim("sgd")),
+            "fixed": Network(nn.Linear(11, 3)),
+        }
+
+    def memory(self):
+        return {"queue": torch.zeros(13, 5), "seen": torch.tensor(0)}
+
+
 def report(elements: float, gigabytes: float, activations: float = 0, batch: int = 32, **compute) -> PlanReport:
     """A network of so many elements on GPUs of so much memory, with so many GB of activations a worker."""
-    compute = dataclasses.replace(COMPUTE, **({"workers": 4} | compute))
+    compute = dataclasses.replace(GPUS, **({"workers": 4} | compute))
     cost = StepCost(1.0, 2.0, 3.0, 0, 0, "cuda", compute.workers, round(activations * GB), 1e12, 1e14)
     phase = Phase("p", Wide(1), 100, batch, evaluations=5)
     sizes = {"net": Sizes(((int(elements),),), 0, moments=2)}
     planned, memory = PhasePlan(phase, sizes, compute, cost), round(gigabytes * GB)
-    return PlanReport((planned,), compute, "a GPU", memory, memory, gpu=True)
+    return PlanReport((planned,), compute, "a GPU", memory, memory)
 
 
 def test_needs_by_hand():
@@ -135,7 +165,8 @@ def test_thirty_billion_parameters_are_refused_at_once(monkeypatch):
     assert not measurable([phase], COMPUTE)
     assert time.perf_counter() - began < 5 and process.memory_info().rss - before < 200e6
     assert "phase giant cannot fit: its 30 billion trained parameters take 480 GB on every worker" in str(refused.value)
-    assert "What would help: --compute.workers 8 --compute.zero-stage 3, each" in str(refused.value)
+    # The 360 GB of a checkpoint's copy are in the same memory, 11 GB for each of 32.
+    assert "What would help: --compute.workers 32 --compute.zero-stage 3, each" in str(refused.value)
     memory = 100
     sharded = dataclasses.replace(COMPUTE, workers=64, zero_stage=3)
     with pytest.raises(
@@ -158,7 +189,7 @@ def test_thirty_billion_parameters_are_refused_at_once(monkeypatch):
 )
 def test_a_group_may_shrink_to_what_fits(workers, gigabytes, message, monkeypatch):
     """A billion elements at stage 2; a single worker has plain torch, which shards nothing."""
-    compute = dataclasses.replace(COMPUTE, workers=8, min_workers=1, zero_stage=2)
+    compute = dataclasses.replace(GPUS, workers=8, min_workers=1, zero_stage=2)
     monkeypatch.setattr(planning, "_memory", lambda compute: (round(gigabytes * GB), "a device"))
     monkeypatch.setattr(planning, "sizes_of", lambda phase: {"net": Sizes(((10**9,),), 0, moments=2)})
     with pytest.raises(UserError, match=message) if message else nullcontext():
@@ -185,6 +216,50 @@ def test_what_leaves_no_room_is_warned_of(monkeypatch):
         check_fits([phase], COMPUTE)
 
 
+def test_a_checkpoints_copy_is_what_is_copied():
+    """To the byte: of three networks, an average and a memory, after a step."""
+    phase = Phase("p", Copied(), 10, 8)
+    networks = Networks(phase, 0, COMPUTE)
+    networks.build_engines(10)
+    for name in networks.engines:
+        with networks.training(name):
+            networks.engines[name].backward(networks[name](torch.ones(4, 3, 5, 5)).sum(), last=True)
+            networks.engines[name].step(0)
+    files = _copies(networks)
+    assert len(files) == 4
+    copied = sum(tensor.nbytes for tensors in files.values() for tensor in tensors.values())
+    assert PhasePlan(phase, sizes_of(phase), COMPUTE, None).copied == copied > 0
+
+
+def test_workers_on_a_cpu_share_a_checkpoints_copy():
+    """A billion elements with AdamW: 12 GB on rank 0's host, for which a GPU needs no room of its own."""
+    gpu = report(1e9, 80).phases[0]
+    cpu = dataclasses.replace(gpu, compute=dataclasses.replace(COMPUTE, workers=4))
+    assert gpu.copied == cpu.copied == 12 * GB + 4
+    assert (gpu.copy_share(), cpu.copy_share(), cpu.copy_share(1)) == (0, 3 * GB + 1, 12 * GB + 4)
+    for place in (Place(0), Place(3)):
+        assert cpu.needed(place) == gpu.needed(place) + 3 * GB + 1
+    room = round(gpu.needed(Place(0)) / 0.9)
+    fits = [PlanReport((p,), p.compute, "it", room + 9, room + 9).fits(Place(0)) for p in (gpu, cpu)]
+    assert fits == [True, False]
+
+
+def test_the_table_names_a_checkpoints_copy():
+    """In brackets, as what is offloaded, where it is not on the device; nothing is cut off at the widest."""
+    gpu = report(1e9, 80, activations=5, zero_stage=3, offload=True)
+    compute = dataclasses.replace(COMPUTE, workers=4)
+    phase = dataclasses.replace(gpu.phases[0], compute=compute)
+    cpu = PlanReport((phase,), compute, "this machine", 80 * GB, 320 * GB)
+    rows = [next(line for line in r.lines() if "checkpoint's copy" in line) for r in (gpu, cpu)]
+    assert rows[0].split() == ["(checkpoint's", "copy)", *["12.0", "GB"] * 6]
+    assert rows[1].split() == ["checkpoint's", "copy", *["3.0", "GB"] * 4]
+    texts = ["\n".join(r.lines()) for r in (gpu, cpu)]
+    assert "written from a copy of 12.0 GB in the memory of rank 0's host\n" in texts[0]
+    assert "written from a copy of 12.0 GB in the memory of rank 0's host, shared by 4 workers\n" in texts[1]
+    assert "…" not in texts[0] and max(map(len, texts[0].split("\n"))) <= 100
+    assert [r.as_dict()["phases"]["p"]["checkpoint_copy_bytes"] for r in (gpu, cpu)] == [12 * GB + 4] * 2
+
+
 def test_a_plan_is_that_of_the_run(manifest, data, tmp_path):
     """Its parameters and disk are those of real checkpoints, its costs what is measured, its table fits a terminal."""
     config = recipe(manifest, supcon__steps=3, head__steps=4)
@@ -199,6 +274,8 @@ def test_a_plan_is_that_of_the_run(manifest, data, tmp_path):
         assert last is not None
         weights = sum(path.stat().st_size for path in last.glob("*.safetensors"))
         assert shown["measured"]["disk_bytes"] == pytest.approx(3 * weights, rel=0.05)
+        copied = sum(tensor.nbytes for path in last.glob("*.safetensors") for tensor in load_file(path).values())
+        assert shown["checkpoint_copy_bytes"] == copied
         assert set(shown["bytes"]) == {"ZeRO 0", "ZeRO 1", "ZeRO 2", "ZeRO 3"}  # a CPU has nowhere to offload to
         assert shown["seconds"] > shown["steps"] * shown["measured"]["step_seconds"]
     supcon = found["phases"]["supcon"]

@@ -25,5 +25,5 @@ def test_projections_are_ordered_as_the_links_are():
     assert (
         found[8, NVLINK] > found[16, INFINIBAND] > found[128, INFINIBAND] > found[16, ETHERNET] > found[128, ETHERNET]
     )
-    seconds = 2 * 15 / 16 * 1e8 / (25e9 / 8) + 30 * 50e-6
+    seconds = 2 * 15 / 16 * 1e8 / 12.5e9 + 30 * 50e-6
     assert found[16, ETHERNET] == pytest.approx(0.1 / (0.1 + seconds))

@@ -17,7 +17,7 @@ from raymed.tasks.task import Ema, Network, Optim, Phase, Task
 from raymed.train.communication import measured_communication
 from raymed.train.compute import Compute
 from raymed.train.engines.engine import build_engine
-from raymed.train.plans.sizes import Sizes, memory_of, sent_of, shard, sizes_of
+from raymed.train.plans.sizes import Sizes, copied_bytes, memory_of, sent_of, shard, sizes_of
 
 ENGINES = {"torch": ("torch", 0)} | {f"zero{stage}": ("deepspeed", stage) for stage in range(4)}
 STEPS = (1, 1, 2)
@@ -73,9 +73,10 @@ def train(engine: str, stage: int) -> dict:
             times.append(time.perf_counter())
         records.append({"sent": traffic.bytes, "seconds": seconds, "times": times})
     in_memory = held(before)
+    copies = [*moved.full_state().values(), *(v for state in moved.optimizer_state().values() for v in state.values())]
     if engine == "deepspeed":
         moved.engine.destroy()  # type: ignore[attr-defined]
-    return {"held": in_memory, "steps": records}
+    return {"held": in_memory, "steps": records, "copied": sum(tensor.nbytes for tensor in copies)}
 
 
 def worker(rank: int, world: int, folder: Path) -> None:
@@ -106,6 +107,13 @@ def test_states_are_what_is_held_after_steps(name, workers):
     expected = memory.states - (memory.gradients if stage < 3 else 0) + (4 * sizes.trained if stage else 0)
     for rank in range(world):
         assert seen[rank][name]["held"] == pytest.approx(expected, rel=2e-3)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_rank_0_copies_a_checkpoint_whole_at_every_stage(name, workers):
+    world, seen = workers
+    wanted = copied_bytes(PHASE, sizes_of(PHASE))
+    assert [seen[rank][name]["copied"] for rank in range(world)] == [wanted] + [0] * (world - 1)
 
 
 @pytest.mark.parametrize("name", ENGINES)
