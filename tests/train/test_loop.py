@@ -106,7 +106,7 @@ def doomed(fit: Fit, ticks: int) -> None:
         return call
 
     checkpoint.write_atomic = dying(checkpoint.write_atomic)
-    checkpoint.os.replace = dying(os.replace)
+    os.replace = dying(os.replace)
     checkpoint.shutil.rmtree = dying(checkpoint.shutil.rmtree)
     Outbox._append = dying(Outbox._append)
     fit.interrupted = dying(lambda: False)

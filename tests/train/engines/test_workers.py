@@ -22,13 +22,14 @@ from raymed.distributed import leave_group, world_size
 from raymed.tasks.classifier import ClassifierRecipe, load_classifier
 from raymed.tasks.task import Optim
 from raymed.train import evaluate as evaluation
+from raymed.train import pulse
 from raymed.train.checkpoints.checkpoint import load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Interrupted
 from raymed.train.unit import UnitRun
 
 STEPS = {"supcon": 16, "head": 34}
-STOP = 10  # where an interrupted run stops: one process is asked after every step, several after every tenth
+STOP = 11  # where an interrupted run stops: one process is asked after every step, several after 1, 11, 21, ...
 COMPUTES = {
     "torch": Compute(engine="torch"),
     "zero0": Compute(engine="deepspeed", zero_stage=0),
@@ -62,7 +63,7 @@ def parity_recipe(manifest: Path, name: str) -> ClassifierRecipe:
 def train(manifest: Path, folder: Path, run: str, stops: bool = False) -> None:
     """A run ENGINE-RECIPE in a folder, new or begun, to its end or to STOP."""
     engine, name = run.split("-")
-    asked, answer = iter(range(1, 1000)), 1 if world_size() > 1 else STOP
+    asked, answer = iter(range(1, 1000)), 2 if world_size() > 1 else STOP
     fit = make_fit(
         parity_recipe(manifest, name), folder, COMPUTES[engine], interrupted=lambda: stops and next(asked) == answer
     )
@@ -84,6 +85,7 @@ def worker(rank: int, world: int, base: Path, manifest: Path) -> None:
     """One process: all runs of this number of workers."""
     folder = base / str(world)
     join_group(rank, world, folder)
+    pulse._SECONDS = 1e9  # however slow the steps are
     for run in RUNS[world]:
         train(manifest, folder / run, run)
     for run in RESUMED[world]:
