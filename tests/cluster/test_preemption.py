@@ -38,7 +38,7 @@ def test_a_node_that_is_taken_away_and_ctrl_c(tmp_path):
         assert again.wait() == 0, again.said()
 
     [saved] = re.findall(r"saved at step (\d+) of phase single", driver.said())
-    assert int(saved) % 10 == 0 and int(saved) >= STEPS["steps"] // STEPS["evaluations"]
+    assert STEPS["steps"] > int(saved) >= STEPS["steps"] // STEPS["evaluations"]
     assert unit.result() is not None
     lines = [json.loads(line) for line in unit.outbox.path.read_text().splitlines()]
     steps = Counter(r["step"] for r in lines if r["op"] == "metrics" and "single/loss" in r["values"])
