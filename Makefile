@@ -22,8 +22,8 @@ test: install  ## what continuous integration runs
 	$(BIN)/pyright
 	$(BIN)/python -m pytest $(ARGS)
 
-test-cluster: install  ## longer: several workers and kills
-	$(BIN)/python -m pytest -m slow $(ARGS)
+test-cluster: install  ## longer: several workers and kills; mostly waiting, so three files at a time
+	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)
 
 bench: install  ## on a machine with nothing else to do
 	$(BIN)/python jobs/bench_tune.py

@@ -5,6 +5,7 @@ in the bucket.
 """
 
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,8 +54,8 @@ class Apart:
 
     def add(self) -> Machine:
         """A machine with an empty disk."""
-        disk = self.folder / f"machine-{len(list(self.folder.iterdir()))}"
-        (disk / "home").mkdir(parents=True)
+        disk = Path(tempfile.mkdtemp(prefix="machine-", dir=self.folder))
+        (disk / "home").mkdir()
         node = self.nodes.add_node(HOME=str(disk / "home"), RAYMED_LOCAL=str(disk / "local"))
         self.machines.append(Machine(node, disk))
         return self.machines[-1]

@@ -68,7 +68,8 @@ def test_the_verdict_follows_the_interval(bench):
 
 @pytest.mark.slow
 def test_two_workers_agree_with_ddp_and_say_as_much_as_it_does(bench, tmp_path, monkeypatch):
-    """The benchmark refuses to time unequal trainings; a ring of two sends the gradient once: 4 bytes a parameter."""
+    """The benchmark refuses to time unequal trainings; a ring of two sends the gradient once: 4 bytes a number, and
+    4 for each parameter that say how many workers have not reached it."""
     import bench_workers
     from bench_peers.plain_training import ResNet, group_norm
 
@@ -79,6 +80,6 @@ def test_two_workers_agree_with_ddp_and_say_as_much_as_it_does(bench, tmp_path, 
 
     figures = json.loads(out.read_text())["plain torch"]
     assert len(figures["ratio to DDP"]["values"]) == 3 and figures["ratio to DDP"]["median"] > 0
-    network = ResNet(1, group_norm)
-    assert figures["bytes sent a step"] == 4 * sum(p.numel() for p in network.parameters())
+    sizes = [p.numel() for p in ResNet(1, group_norm).parameters()]
+    assert figures["bytes sent a step"] == 4 * (sum(sizes) + len(sizes))
     assert 0 < figures["projected efficiency"]["128 GPUs, Ethernet"] < 1
