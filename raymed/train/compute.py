@@ -125,7 +125,8 @@ class Compute:
         module = module.to(self.resolved_device())
         for tensor in (*module.parameters(), *module.buffers()) if self.channels_last else ():
             if tensor.ndim == 4:  # images have four axes, volumes a memory order of their own
-                tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                # not contiguous(), which leaves weights of one input channel in an order that their outputs copy
+                tensor.data = tensor.data.to(memory_format=torch.channels_last)
         return module
 
     def warn_where_useless(self, modules: list[nn.Module]) -> None:

@@ -273,6 +273,12 @@ def test_the_mode_is_set_as_train_and_eval_do(layer):
         assert [m.training for m in module.modules()] == [m.training for m in twin.modules()]
 
 
+def test_memory_order_of_images_begins_with_the_first_layer_of_grey_ones():
+    """Weights of one input channel are in both orders at once, by their strides in one: it decides the output's."""
+    module = Compute(channels_last=True).prepare(nn.Conv2d(1, 4, 3))
+    assert module(torch.randn(2, 1, 8, 8)).is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("layer", [nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d])
 def test_memory_order_is_that_of_images_where_there_are_any(layer):
     """Volumes have another one, and torch refuses to give them this."""
