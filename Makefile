@@ -20,7 +20,7 @@ demo: install  ## the main job on digital phantoms, with a local Ray; two fresh 
 test: install  ## what continuous integration runs
 	$(BIN)/ruff check raymed jobs tests
 	$(BIN)/pyright
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-cluster: install  ## longer: several workers and kills; mostly waiting, so three files at a time
 	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)

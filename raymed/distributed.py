@@ -11,6 +11,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 import torch.distributed.nn.functional  # noqa: F401 -- see below
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -60,6 +61,25 @@ def all_gather_with_grad(x: Tensor) -> Tensor:
     Adam hides the factor 1/W; clipping, weight decay and SGD do not.
     """
     return x if world_size() == 1 else _AllGather.apply(x)
+
+
+def row_counts(x: Tensor) -> list[int]:
+    """len(x) on every rank, in rank order. Collective."""
+    if world_size() == 1:
+        return [len(x)]
+    return _concatenate(torch.tensor([len(x)], device=x.device)).tolist()
+
+
+def all_gather_ragged(x: Tensor, counts: Sequence[int]) -> Tensor:
+    """`all_gather_with_grad` of x (b_r, ...), where every rank has a number b_r of rows of its own.
+
+    counts: those numbers, of `row_counts`.
+    """
+    if world_size() == 1:
+        return x
+    most = max(counts)
+    padded = all_gather_with_grad(F.pad(x, (0, 0) * (x.ndim - 1) + (0, most - len(x))))
+    return torch.cat([rows[:count] for rows, count in zip(padded.split(most), counts, strict=True)])
 
 
 def all_reduce_sum_with_grad(x: Tensor) -> Tensor:

@@ -67,6 +67,10 @@ def collectives() -> dict:
     total = distributed.all_reduce_sum_with_grad(y)
     (total * total * (rank + 1)).sum().backward()
     plain = distributed.all_gather(x.T)  # not contiguous
+    z = (torch.arange(2.0 * rank).view(rank, 2) + 10 * rank).requires_grad_()  # none of rank 0
+    counts = distributed.row_counts(z)
+    ragged = distributed.all_gather_ragged(z, counts)
+    (ragged * ragged * (rank + 1)).sum().backward()
     return {
         "world": (distributed.world_size(), rank),
         "gathered": gathered.detach(),
@@ -75,6 +79,10 @@ def collectives() -> dict:
         "total_grad": y.grad,
         "plain": plain,
         "plain_requires_grad": plain.requires_grad,
+        "counts": counts,
+        "ragged": ragged.detach(),
+        "ragged_grad": z.grad,
+        "ragged_labels": distributed.all_gather_ragged(torch.arange(rank), counts),
         "labels": distributed.all_gather(torch.tensor([rank, 7])),
         "objects": distributed.all_gather_object({"rank": rank}),
     }
@@ -157,6 +165,7 @@ def test_collectives(ranks):
     inputs = torch.cat([torch.arange(6.0).view(2, 3) + 10 * rank for rank in range(world)])
     total = torch.tensor([sum(range(1, world + 1)), 2.0 * world])
     weights = sum(range(1, world + 1))  # the ranks' losses count 1, 2, ... times
+    ragged = [torch.arange(2.0 * rank).view(rank, 2) + 10 * rank for rank in range(world)]
     for rank, record in enumerate(records):
         assert record["world"] == (world, rank)
         assert torch.equal(record["gathered"], inputs)
@@ -165,6 +174,9 @@ def test_collectives(ranks):
         assert torch.equal(record["total_grad"], 2 * total * weights)
         assert torch.equal(record["plain"], torch.cat([block.T for block in inputs.split(2)]))
         assert not record["plain_requires_grad"]
+        assert record["counts"] == list(range(world)) and torch.equal(record["ragged"], torch.cat(ragged))
+        assert torch.equal(record["ragged_grad"], 2 * ragged[rank] * weights)
+        assert record["ragged_labels"].tolist() == list(itertools.chain(*(range(r) for r in range(world))))
         assert record["labels"].tolist() == list(itertools.chain(*([r, 7] for r in range(world))))
         assert record["objects"] == [{"rank": r} for r in range(world)]
 
@@ -206,5 +218,6 @@ def test_without_a_group_everything_is_the_identity():
     x = torch.arange(3.0, requires_grad=True)
     assert (distributed.world_size(), distributed.rank()) == (1, 0)
     assert distributed.all_gather_with_grad(x) is x and distributed.all_reduce_sum_with_grad(x) is x
+    assert distributed.row_counts(x) == [3] and distributed.all_gather_ragged(x, [3]) is x
     assert torch.equal(distributed.all_gather(x), x) and not distributed.all_gather(x).requires_grad
     assert distributed.all_gather_object("a") == ["a"]

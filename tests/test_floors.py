@@ -13,7 +13,8 @@ FLOORS = {
     "models": 2, "losses": 2, "explain": 2, "metrics": 2, "report": 2,
     "tasks": 3,
     "train": 4, "registry": 4,
-    "tune": 5, "serve": 5, "doctor": 5,
+    "results": 5,
+    "tune": 6, "serve": 6, "doctor": 6,
 }  # fmt: skip
 PLAIN = {"config", "space", "bundle", "random", "ledger", "models", "losses", "explain", "metrics", "report", "tasks"}
 """Usable in any script: no Ray, DeepSpeed or MLflow."""

@@ -1,6 +1,7 @@
 """From a manifest to batches: tables, readers, splits, decoded images, augmentation, phantoms."""
 
 from raymed.data.augment import Augment
+from raymed.data.captions import CaptionConfig, CaptionSet
 from raymed.data.dataset import Batch, DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.data.preprocess import Preprocess
@@ -11,6 +12,8 @@ __all__ = [
     "Augment",
     "BalancedSampler",
     "Batch",
+    "CaptionConfig",
+    "CaptionSet",
     "DataConfig",
     "DataSet",
     "ImageProblem",

@@ -5,7 +5,9 @@
 Patients and cases are numbers here, in order of appearance; their identifiers go no further than the table.
 """
 
+import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -64,12 +66,13 @@ class Batch:
 class DataSet:
     """N images with their labels and splits. Arrays have one entry an image; "index" below means 0, ..., N - 1.
 
-    classes: names of all classes. positive: the one to be found. labels: (N,) int64, 1 = positive. class_codes: (N,)
-    int64, index into classes. patients: (N,) int64 codes; without patients in the manifest, every image counts as one
-    (has_patients False). cases: codes, views and sides: text, or None. rows: (N,) int64 row numbers in the manifest,
-    from 1, ascending. splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits;
-    masks and boxes do not count, since nothing is trained or scored with them.
-    preprocess: with size, mean and std filled in. notes: what the user is to know, one line each.
+    classes: names of all classes. positive: the one to be found; "" where there are no labels, and then all images have
+    one class and the label 0. labels: (N,) int64, 1 = positive. class_codes: (N,) int64, index into classes. patients:
+    (N,) int64 codes; without patients in the manifest, every image counts as one (has_patients False). cases: codes,
+    views and sides: text, or None. rows: (N,) int64 row numbers in the manifest, from 1, ascending. splits: train, val,
+    test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits; masks and boxes do not count, since
+    nothing is trained or scored with them. preprocess: with size, mean and std filled in. notes: what the user is to
+    know, one line each.
     """
 
     classes: tuple[str, ...]
@@ -157,8 +160,9 @@ class DataSet:
         return "\n".join([counts.T.to_string(), f"data fingerprint {self.fingerprint}", *self.notes])
 
 
+@functools.singledispatch
 def load(config: DataConfig, cache_dir: Path) -> DataSet:
-    """Read, check, decode and split a data set.
+    """Read, check, decode and split a data set. A kind of config with more to read registers a function of its own.
 
     Args:
         cache_dir: where decoded images are kept; the second call with the same data decodes nothing.
@@ -168,7 +172,24 @@ def load(config: DataConfig, cache_dir: Path) -> DataSet:
             given splits; a mask or box that cannot be used; too few patients to split; a split without positives or
             without others. Rows are named, and with `config.on_problem = "skip"` left out where that helps.
     """
-    manifest = read_manifest(config)
+    return assemble(read_manifest(config), config, cache_dir)[0]
+
+
+def assemble(
+    manifest: Manifest,
+    config: DataConfig,
+    cache_dir: Path,
+    choose: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
+) -> tuple[DataSet, pd.DataFrame]:
+    """Decode and split what a manifest names: the data set, and its table.
+
+    Args:
+        choose: which of the decoded rows are to be divided among the splits, by their hash in the column `pixels`; a
+            column `stratum` tells what to divide in proportion, instead of the label.
+
+    Raises:
+        UserError: as `load`.
+    """
     table, notes = manifest.table, manifest.notes
     if "split" in table and "patient" in table:
         problems = splits.crossing(table, "patient", "patient in a later split too")
@@ -179,10 +200,10 @@ def load(config: DataConfig, cache_dir: Path) -> DataSet:
     regions_path, misplaced = _regions(table, decoded, cache_dir)
     advice = ", leave the column unused (--data.mask '' or --data.box '')" * bool(misplaced)
     table = settle(table, [*_unreadable(table, decoded), *misplaced], config.on_problem, notes, advice)
-    table = _split(table, manifest.positive, config, notes)
+    table = _split(choose(table), manifest.positive, config, notes)
     splits.check_filled(table, manifest.positive)
     notes += splits.duplicate_notes(table)
-    return _data_set(table, manifest, config.preprocess, decoded, regions_path)
+    return _data_set(table, manifest, config.preprocess, decoded, regions_path), table
 
 
 def _unreadable(table: pd.DataFrame, decoded: Decoded) -> list[Problem]:
@@ -227,7 +248,8 @@ def _assigned(table: pd.DataFrame, positive: str, fractions: tuple[float, float,
     groups = splits.linked(patients, hashes)
     wanted = [name for name, fraction in zip(SPLITS, fractions, strict=True) if fraction]
     splits.check_enough(groups, labels, positive, wanted, "patient" if patients else "image")
-    return splits.assign(groups, labels, positive, fractions, seed)
+    strata = table["stratum"].tolist() if "stratum" in table else labels
+    return splits.assign(groups, strata, positive, fractions, seed)
 
 
 def _note_patients(table: pd.DataFrame, notes: list[str]) -> None:

@@ -44,7 +44,7 @@ class Fold:
         train, val = _part(rest, groups, data.labels, self.num_inner, self.inner, self.seed + 1)
         splits = {"train": train, "val": val, "test": test}
         for name, indices in splits.items():
-            if len(np.unique(data.labels[indices])) < 2:
+            if data.positive and len(np.unique(data.labels[indices])) < 2:
                 raise UserError(f"{self.name} has only one class in {name}: use fewer folds")
         return data.with_splits(splits)
 
@@ -55,7 +55,7 @@ def _part(
     """(the others, fold number `which`) of the given images, ascending."""
     from sklearn.model_selection import StratifiedGroupKFold
 
-    fewest = min(len(np.unique(groups[indices][labels[indices] == label])) for label in (0, 1))
+    fewest = min(len(np.unique(groups[indices][labels[indices] == label])) for label in np.unique(labels[indices]))
     if fewest < num:
         raise UserError(f"a class has only {fewest} patients where {num} folds are made: use fewer folds")
     folds = StratifiedGroupKFold(num, shuffle=True, random_state=seed)

@@ -5,10 +5,11 @@ is text: identifiers keep their leading zeros. Rows are counted from 1, as in th
 """
 
 import difflib
+import functools
 import re
 import shlex
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -26,7 +27,7 @@ from raymed.storage import exists
 
 SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
-    ("val", "valid", "validation"), "val"
+    ("val", "valid", "validation", "dev"), "val"
 )
 _OPTIONAL = ("patient", "case", "view", "side", "frame", "split", "mask", "box")
 _OTHER_NAMES = {"patient": ("patientid",), "box": ("boxes",)}
@@ -108,7 +109,7 @@ class Manifest:
     table: row (from 1), image (as in the file), source (`readers.Source`), label (name of the class); of patient, case,
     view, side, split (train, val, test), mask (`readers.ImageFile` or None), box (a tuple of boxes, see
     `regions.parse_boxes`) those there are. classes: in the order of `DataConfig.classes`, else sorted.
-    notes: what the user is to know.
+    positive: "" where there are no labels, and then all have one class. notes: what the user is to know.
     """
 
     table: pd.DataFrame
@@ -117,8 +118,9 @@ class Manifest:
     notes: list[str]
 
 
+@functools.singledispatch
 def read_manifest(config: DataConfig) -> Manifest:
-    """Read and check the table.
+    """Read and check the table. A kind of config with more to read registers a function of its own.
 
     Raises:
         UserError: file missing, empty or damaged; a mapped column missing; rows that cannot be used (all of them are
@@ -126,35 +128,64 @@ def read_manifest(config: DataConfig) -> Manifest:
     """
     path = as_location(config.manifest)
     raw, names, sources = _read(path, config.classes)
+    notes: list[str] = []
+    table = usable_rows(raw, config, ("image", "label"), notes, names=names, sources=sources)
+    table = settle(table, _duplicate_rows(table), config.on_problem, notes)
+    return Manifest(table, *check_labels(table, config, notes, names), notes)
+
+
+def usable_rows(
+    raw: pd.DataFrame,
+    config: DataConfig,
+    needed: Sequence[str],
+    notes: list[str],
+    *,
+    names: tuple[str, ...] = (),
+    sources: Sequence[Source] = (),
+    problems: Iterable[Problem] = (),
+) -> pd.DataFrame:
+    """The rows of a table that can be used, as in `Manifest.table`, with the index of `raw`.
+
+    Args:
+        raw: the table as text.
+        needed: fields of the config whose columns there must be.
+        names: the classes, where they are known; another label is a problem.
+        sources: where the images lie; empty = as the column `image` says.
+        problems: what else is wrong with which row.
+
+    Raises:
+        UserError: the table is empty; a mapped column missing; rows that cannot be used (all of them are listed).
+    """
+    path = as_location(config.manifest)
     if raw.empty:
         raise UserError(f"{path} is empty: a header and one row an image are expected")
-    notes: list[str] = []
-    table = _map_columns(raw, config, path, notes)
-    problems = [*_cell_problems(table, names, config), *_split_problems(table)]
+    table = _map_columns(raw, config, needed, path, notes)
+    problems = [*_cell_problems(table, names, config), *_split_problems(table), *problems]
     good = settle(table, problems, config.on_problem, notes)
     root = as_location(config.root) if config.root else folder_of(path)
-    table = _normal_form(good, root, [sources[row - 1] for row in good["row"]] if sources else None)
-    table = settle(table, _duplicate_rows(table), config.on_problem, notes)
+    return _normal_form(good, root, [sources[row - 1] for row in good["row"]] if sources else None)
+
+
+def check_labels(
+    table: pd.DataFrame, config: DataConfig, notes: list[str], names: tuple[str, ...] = ()
+) -> tuple[tuple[str, ...], str]:
+    """The classes and the positive one. Raises UserError for one class only, or a positive class that is not stated
+    or unknown."""
     classes = names or tuple(sorted(set(table["label"])))
     _check_classes(table, classes, config, notes)
-    return Manifest(table, classes, _positive(table["label"].tolist(), config.positive), notes)
+    return classes, _positive(table["label"].tolist(), config.positive)
 
 
 def _read(path: Location, classes: tuple[str, ...]) -> tuple[pd.DataFrame, tuple[str, ...], Sequence[Source]]:
     """The table as text; the class names that are known without it; for an archive, where its images lie."""
-    _check_there(path)
+    check_there(path)
     if ending(path) == ".npz":
         return read_archive(path, classes)
     check_choice("data.manifest: the file's ending", ending(path), (".csv", ".tsv", ".parquet", ".npz"))
-    try:
-        return read_table(path), classes, ()
-    except pd.errors.EmptyDataError as error:
-        raise UserError(f"{path} is empty: a header and one row an image are expected") from error
-    except (ValueError, OSError) as error:  # includes pandas' ParserError, pyarrow's ArrowInvalid, wrong encodings
-        raise UserError(f"{path} cannot be read as {ending(path)[1:]}: {error}") from error
+    return read_table(path), classes, ()
 
 
-def _check_there(path: Location) -> None:
+def check_there(path: Location) -> None:
     """Raise UserError where there is no such file."""
     if exists(path) and near(path).is_file():
         return
@@ -168,27 +199,53 @@ def _check_there(path: Location) -> None:
 
 
 def read_table(path: Location) -> pd.DataFrame:
-    """A CSV, TSV or Parquet file with every cell as text; what is empty is ""."""
+    """A CSV, TSV or Parquet file with every cell as text; what is empty is "".
+
+    Raises:
+        UserError: empty, damaged, or not UTF-8.
+    """
     file = near(path)
-    if ending(path) == ".parquet":
-        # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
-        table = pd.read_parquet(file).convert_dtypes()
-    else:
-        separator = "\t" if ending(path) == ".tsv" else ","
-        table = pd.read_csv(
-            file, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig"
-        )
+    try:
+        table = _read_cells(file, ending(path))
+    except pd.errors.EmptyDataError as error:
+        raise UserError(f"{path} is empty: a header and one row an image are expected") from error
+    except UnicodeDecodeError:
+        read_text(path)  # says in which line
+        raise
+    except (ValueError, OSError) as error:  # includes pandas' ParserError, pyarrow's ArrowInvalid
+        raise UserError(f"{path} cannot be read as {ending(path)[1:]}: {error}") from error
     text = table.astype("string").fillna("").astype(object)
     return text.rename(columns=lambda name: str(name).strip()).map(str.strip)
 
 
-def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Location, notes: list[str]) -> pd.DataFrame:
+def _read_cells(file: Path, kind: str) -> pd.DataFrame:
+    if kind == ".parquet":
+        # convert_dtypes: whole numbers beside empty cells come as floats, and "17.0" is no identifier.
+        return pd.read_parquet(file).convert_dtypes()
+    separator = "\t" if kind == ".tsv" else ","
+    return pd.read_csv(file, sep=separator, dtype=str, keep_default_na=False, index_col=False, encoding="utf-8-sig")
+
+
+def read_text(path: Location) -> str:
+    """A text file. Raises UserError where it is not UTF-8."""
+    content = near(path).read_bytes()
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        kind = ending(path)[1:] or "text"
+        raise UserError(f"{path} cannot be read as {kind}: line {line} is not UTF-8. Save the file as UTF-8") from error
+
+
+def _map_columns(
+    raw: pd.DataFrame, config: DataConfig, needed: Sequence[str], path: Location, notes: list[str]
+) -> pd.DataFrame:
     """The columns that are used, under the names of their fields."""
-    columns = {field: _required_column(raw, field, getattr(config, field), path) for field in ("image", "label")}
+    columns = {field: required_column(raw, field, getattr(config, field), path) for field in needed}
     for field in _OPTIONAL:
         wanted = getattr(config, field)
         if wanted:
-            columns[field] = _required_column(raw, field, wanted, path)
+            columns[field] = required_column(raw, field, wanted, path)
         elif wanted is None and (found := _column_called(raw, field)):
             columns[field] = found
             if ending(path) != ".npz":
@@ -200,7 +257,8 @@ def _map_columns(raw: pd.DataFrame, config: DataConfig, path: Location, notes: l
     return table
 
 
-def _required_column(raw: pd.DataFrame, field: str, name: str, path: Location) -> str:
+def required_column(raw: pd.DataFrame, field: str, name: str, path: Location) -> str:
+    """`name`, the column for a field of the config. Raises UserError where there is none."""
     columns = list(raw.columns)
     if name in columns:
         return name
@@ -218,13 +276,15 @@ def _column_called(raw: pd.DataFrame, field: str) -> str | None:
 
 
 def _cell_problems(table: pd.DataFrame, names: tuple[str, ...], config: DataConfig) -> Iterator[Problem]:
-    for row, image, label in zip(table["row"], table["image"], table["label"], strict=True):
+    for row, image in zip(table["row"], table["image"], strict=True):
         if not image:
             yield Problem(row, "no image path", f"the column {config.image!r} is empty")
-        if not label:
-            yield Problem(row, "no label", f"the column {config.label!r} is empty")
-        elif names and label not in names:
-            yield Problem(row, "unknown label", f"the label {label!r} is not one of {', '.join(map(repr, names))}")
+    if "label" in table:
+        for row, label in zip(table["row"], table["label"], strict=True):
+            if not label:
+                yield Problem(row, "no label", f"the column {config.label!r} is empty")
+            elif names and label not in names:
+                yield Problem(row, "unknown label", f"the label {label!r} is not one of {', '.join(map(repr, names))}")
     if "frame" in table:
         for row, frame in zip(table["row"], table["frame"], strict=True):
             if frame and not (frame.isdecimal() and int(frame) >= 1):

@@ -10,22 +10,19 @@ Exposure and window are drawn at random, one large plume faces two small ones, a
 contrast and phleboliths lie anywhere: neither brightness nor a linear model on pixels tells the classes apart.
 """
 
-import json
-import shutil
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from raymed.config import UserError, check_choice, check_range
+from raymed.config import check_choice, check_range
+from raymed.data.phantom_folder import drawn_once
 
 VIEWS = ("early", "late")
 SIDES = ("left", "right")
 
 _VERSION = 2  # counts up when the same parameters give another set
-_FILES = {"images", "manifest.csv", "phantoms.json"}
 _AROUND_TUBE, _AROUND_END = 0.08, 0.2  # how far the finding reaches, in body coordinates
 
 
@@ -116,23 +113,8 @@ def write_hsg(folder: Path, num_patients: int = 240, seed: int = 0, size: int = 
     check_range("seed", seed, 0)
     parameters = {"num_patients": num_patients, "seed": seed, "size": size, "prevalence": float(prevalence)}
     parameters |= {"version": _VERSION}
-    manifest = folder / "manifest.csv"
-    if _is_complete(folder, parameters):
-        return manifest
-    _check_ours(folder, parameters)
-    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        _write(unfinished, parameters)
-        # Another process may have put the same set in place meanwhile, and be using it.
-        if not _is_complete(folder, parameters):
-            shutil.rmtree(folder, ignore_errors=True)
-            unfinished.rename(folder)
-    except OSError:
-        if not _is_complete(folder, parameters):
-            raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    return manifest
+    num_images = num_patients * len(VIEWS)
+    return drawn_once(folder, parameters, num_images, lambda unfinished: _write(unfinished, parameters))
 
 
 def _rng(seed: int, patient: int, purpose: str) -> Generator:
@@ -145,7 +127,6 @@ def _write(folder: Path, parameters: dict) -> None:
     from PIL import Image
 
     num_patients, seed, size = (parameters[name] for name in ("num_patients", "seed", "size"))
-    (folder / "images").mkdir(parents=True)
     rows = []
     for patient, side in enumerate(_sides(num_patients, seed, parameters["prevalence"])):
         for view in VIEWS:
@@ -157,33 +138,12 @@ def _write(folder: Path, parameters: dict) -> None:
             points = {f"{s}_{axis}": round(value, 2) for s in SIDES for axis, value in zip("xy", ends[s], strict=True)}
             rows.append(row | {"image": name, "box": " ".join(map(str, box or ()))} | points)
     pd.DataFrame(rows).to_csv(folder / "manifest.csv", index=False)
-    (folder / "phantoms.json").write_text(json.dumps(parameters))
 
 
 def _sides(num_patients: int, seed: int, prevalence: float) -> list[str]:
     num_occluded = round(prevalence * num_patients)
     sides = [SIDES[i % 2] for i in range(num_occluded)] + ["none"] * (num_patients - num_occluded)
     return [sides[i] for i in _rng(seed, 0, "sides").permutation(num_patients)]
-
-
-def _is_complete(folder: Path, parameters: dict) -> bool:
-    if not all((folder / name).exists() for name in _FILES):
-        return False
-    written = [image for image in folder.glob("images/*.png") if image.stat().st_size]
-    return _parameters_of(folder) == parameters and len(written) == parameters["num_patients"] * len(VIEWS)
-
-
-def _check_ours(folder: Path, parameters: dict) -> None:
-    """Only what this module wrote, in any version and with the same parameters, is ever replaced."""
-    if folder.is_file() or (folder.is_dir() and {entry.name for entry in folder.iterdir()} - _FILES):
-        raise UserError(f"{folder} holds other files; give the phantoms a folder of their own")
-    if (_parameters_of(folder) or parameters) | {"version": _VERSION} != parameters:
-        raise UserError(f"{folder} holds phantoms of other parameters; give another folder, or delete this one")
-
-
-def _parameters_of(folder: Path) -> dict | None:
-    record = folder / "phantoms.json"
-    return json.loads(record.read_text()) if record.is_file() else None
 
 
 def _draw_anatomy(rng: Generator, side: str) -> _Anatomy:

@@ -86,10 +86,12 @@ def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, sp
     """Raise UserError when the positive class, or all others together, have fewer groups than there are splits.
 
     Args:
+        positive: "" = there are no classes; then all groups together.
         what: the groups are, "patient" or "image".
     """
-    for side, who in ((True, f"the positive class {positive!r} has"), (False, "the other classes have")):
-        num = len({group for group, label in zip(groups, labels, strict=True) if (label == positive) == side})
+    sides = {f"the positive class {positive!r} has": [True], "the other classes have": [False]}
+    for who, side in (sides if positive else {"the data set has": [True, False]}).items():
+        num = len({group for group, label in zip(groups, labels, strict=True) if (label == positive) in side})
         if num < len(splits):
             raise UserError(
                 f"{who} {num} {what}{'s' * (num != 1)}, too few to divide into {', '.join(splits)}: "
@@ -98,10 +100,14 @@ def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, sp
 
 
 def check_filled(table: pd.DataFrame, positive: str) -> None:
-    """Raise UserError unless each split has images of the positive class and of others."""
+    """Raise UserError unless each split has images of the positive class and of others.
+
+    Args:
+        positive: "" = there are no classes; then images at all.
+    """
     for split in SPLITS:
         labels = set(table.loc[table["split"] == split, "label"].tolist())
-        missing = f"no image of the positive class {positive!r}" if positive not in labels else None
+        missing = f"no image of the positive class {positive!r}" if positive and positive not in labels else None
         missing = f"no image but those of the positive class {positive!r}" if labels == {positive} else missing
         missing = "no image" if not labels else missing
         if missing:

@@ -25,6 +25,7 @@ chosen; the test split decides.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, TypedDict
 
 import numpy as np
@@ -40,6 +41,7 @@ from raymed.metrics.bootstrap import (
     groups_of,
     statistics_of,
 )
+from raymed.metrics.classification import Statistic
 
 MIN_SEEDS = 5
 LABELS = {
@@ -73,35 +75,78 @@ def judge(
     seed: int = 0,
     level: float = 0.95,
 ) -> dict[str, Verdict]:
-    """Judge every finalist on one split.
-
-    A finalist is "above seed noise" if it is better than the default (higher; of brier and ece lower) and p_holm is at
-    most 1 - level, else "not above seed noise"; with fewer than MIN_SEEDS seeds it is "cannot tell", whatever p.
+    """Judge every finalist among binary classifiers on one split: `judge_statistics` of `binary_metrics`.
 
     Args:
         finalists, default: a prediction a seed, the same seeds in the same order, over the same rows.
         metric: one of LABELS.
-        n_boot, seed: resamples, and what draws them.
-        level: coverage of the interval (before Holm's correction).
+        n_boot, seed, level: as `judge_statistics`.
 
     Raises UserError for another metric, for finalists without the default's seeds or rows, and where the metric is
     undefined (no positive, say) in a seed, or in all resamples of the patients.
     """
     check_choice("metric", metric, LABELS)
-    groups, unit = groups_of(default)
-    num_units = len(np.unique(np.concatenate(groups)))
-    num_patients = num_units if unit == "patient" else None
-    baseline = _resample("the default", default, groups, metric, n_boot, seed)
-    figures, p = {}, {}
     for name, predictions in finalists.items():
         _check_pairs(name, predictions, default)
-        resampled = _resample(name, predictions, groups, metric, n_boot, seed)
-        figures[name], p[name] = _compare(resampled - baseline, seed, level, num_patients=num_patients, unit=unit)
+    groups, unit = groups_of(default)
+    return judge_statistics(
+        {name: statistics_of(predictions) for name, predictions in finalists.items()},
+        statistics_of(default),
+        groups,
+        metric,
+        unit=unit,
+        lower_is_better=metric in LOWER_IS_BETTER,
+        n_boot=n_boot,
+        seed=seed,
+        level=level,
+    )
+
+
+def judge_statistics(
+    finalists: Mapping[str, Sequence[Statistic]],
+    default: Sequence[Statistic],
+    groups: Sequence[np.ndarray],
+    metric: str,
+    *,
+    unit: Literal["patient", "image"],
+    label: str | None = None,
+    lower_is_better: bool = False,
+    baseline: str = "the default",
+    n_boot: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> dict[str, Verdict]:
+    """Judge every finalist on one split, by whatever statistic.
+
+    A finalist is "above seed noise" if it is better than the default and p_holm is at most 1 - level, else "not above
+    seed noise"; with fewer than MIN_SEEDS seeds it is "cannot tell", whatever p.
+
+    Args:
+        finalists, default: a statistic a seed, the same seeds in the same order, over the same rows.
+        groups: one (N_s,) array a seed, as `bootstrap_ci` wants it: the patient (or image, see unit) of each row.
+        metric: one that the statistics return; label: as a sentence names it, LABELS' unless given.
+        lower_is_better: of the metric.
+        baseline: what a sentence calls the default.
+        n_boot, seed: resamples, and what draws them.
+        level: coverage of the interval (before Holm's correction).
+
+    Raises UserError for finalists without the default's seeds, and where the metric is undefined in a seed, or in all
+    resamples of the patients.
+    """
+    label = label or LABELS.get(metric, metric.replace("_", " "))
+    say = _Words(label, baseline, lower_is_better, level)
+    num_units = len(np.unique(np.concatenate(groups)))
+    num_patients = num_units if unit == "patient" else None
+    theirs = _resample(baseline, default, groups, metric, label, n_boot, seed)
+    figures, p = {}, {}
+    for name, statistics in finalists.items():
+        _check_seeds(name, len(statistics), baseline, len(default))
+        ours = _resample(name, statistics, groups, metric, label, n_boot, seed)
+        figures[name], p[name] = _compare(ours - theirs, seed, level, num_patients=num_patients, unit=unit)
     verdicts = {}
     for name, p_holm in zip(finalists, holm(list(p.values())), strict=True):
-        verdict = _conclude(metric, figures[name], p_holm, level)
-        tested = _tested(figures[name], f"{num_units} {unit}s", p_holm, len(finalists), verdict, level)
-        sentence = f"{name} has {_relation(metric, figures[name]['mean'])} ({tested}): {verdict}."
+        verdict = _conclude(figures[name], p_holm, lower_is_better, level)
+        sentence = say.sentence(name, figures[name], f"{num_units} {unit}s", p_holm, len(finalists), verdict)
         verdicts[name] = Verdict(difference=figures[name], p=p[name], p_holm=p_holm, verdict=verdict, sentence=sentence)
     return verdicts
 
@@ -132,7 +177,7 @@ def overall(
 
 def best_finalist(verdicts: Mapping[str, Verdict], metric: str) -> str:
     """The finalist with the best mean of the metric; the earliest of equals."""
-    return max(verdicts, key=lambda name: _gain(metric, verdicts[name]["difference"]["mean"]))
+    return max(verdicts, key=lambda name: _gain(verdicts[name]["difference"]["mean"], metric in LOWER_IS_BETTER))
 
 
 def holm(p: Sequence[float]) -> list[float]:
@@ -144,20 +189,25 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def _resample(
-    name: str, predictions: Sequence[Prediction], groups: list[np.ndarray], metric: str, n_boot: int, seed: int
+    name: str,
+    statistics: Sequence[Statistic],
+    groups: Sequence[np.ndarray],
+    metric: str,
+    label: str,
+    n_boot: int,
+    seed: int,
 ) -> np.ndarray:
     """(1 + n_boot, S): the metric under each seed, of the patients as they are in row 0, resampled in the others.
 
     Who is drawn depends on the groups and the seed alone: configurations resampled alike are paired.
     """
-    statistics = statistics_of(predictions)
     patients, patient_of_row = np.unique(np.concatenate(groups), return_inverse=True)
     rows = np.split(patient_of_row, np.cumsum([len(group) for group in groups])[:-1])
     observed = evaluate_counts(statistics, rows, np.ones((1, len(patients))))[metric]
     for number in np.flatnonzero(np.isnan(observed[0])):
         raise UserError(
-            f"{LABELS[metric]} of {name} is undefined under seed {number + 1} of {len(rows)}: its "
-            f"{len(rows[number])} rows must hold positives and negatives"
+            f"{label} of {name} is undefined under seed {number + 1} of {len(rows)}: its {len(rows[number])} rows "
+            "must hold what it is computed from, such as positives and negatives"
         )
     random = np.random.default_rng(seed)
     chunk = max(1, CHUNK // max(len(patients), *map(len, rows)))
@@ -206,43 +256,61 @@ def _stretched(figure: dict[str, Any], width: float) -> dict[str, Any]:
     return figure | {"ci_low": mean - factor * (mean - low), "ci_high": mean + factor * (high - mean)}
 
 
-def _gain(metric: str, difference: float) -> float:
+def _gain(difference: float, lower_is_better: bool) -> float:
     """The difference, positive where it is for the better."""
-    return -difference if metric in LOWER_IS_BETTER else difference
+    return -difference if lower_is_better else difference
 
 
-def _conclude(metric: str, figure: Figure, p_holm: float, level: float) -> Conclusion:
+def _conclude(figure: Figure, p_holm: float, lower_is_better: bool, level: float) -> Conclusion:
     if figure["n"] < MIN_SEEDS:
         return "cannot tell"
-    above = _gain(metric, figure["mean"]) > 0 and p_holm <= 1 - level
+    above = _gain(figure["mean"], lower_is_better) > 0 and p_holm <= 1 - level
     return "above seed noise" if above else "not above seed noise"
 
 
-def _relation(metric: str, difference: float) -> str:
-    if difference == 0:
-        return f"the same {LABELS[metric]} as the default"
-    better = " (lower is better)" if metric in LOWER_IS_BETTER else ""
-    return (
-        f"a {abs(difference):.4f} {'higher' if difference > 0 else 'lower'} {LABELS[metric]} than the default{better}"
-    )
+@dataclass(frozen=True)
+class _Words:
+    """How verdicts on one metric are said."""
+
+    label: str
+    baseline: str
+    lower_is_better: bool
+    level: float
+
+    def sentence(
+        self, name: str, figure: Figure, units: str, p_holm: float, num_finalists: int, verdict: Conclusion
+    ) -> str:
+        tested = self._tested(figure, units, p_holm, num_finalists, verdict)
+        return f"{name} has {self._relation(figure['mean'])} ({tested}): {verdict}."
+
+    def _relation(self, difference: float) -> str:
+        if difference == 0:
+            return f"the same {self.label} as {self.baseline}"
+        better = " (lower is better)" if self.lower_is_better else ""
+        how = "higher" if difference > 0 else "lower"
+        return f"a {abs(difference):.4f} {how} {self.label} than {self.baseline}{better}"
+
+    def _tested(self, figure: Figure, units: str, p_holm: float, num_finalists: int, verdict: Conclusion) -> str:
+        """Interval, what it is over, and how sure that is."""
+        seeds = "1 seed" if figure["n"] == 1 else f"{figure['n']} seeds"
+        interval = f"{figure['ci_low']:+.4f} to {figure['ci_high']:+.4f}"
+        text = f"{self.level * 100:g} % interval {interval}, {seeds}, {units}, "
+        if verdict == "cannot tell":
+            return text + f"at least {MIN_SEEDS} seeds are needed"
+        corrected = f" after correction for {num_finalists} finalists" if num_finalists > 1 else ""
+        return text + (f"p = {p_holm:.3f}" if p_holm >= 0.001 else "p < 0.001") + corrected
 
 
-def _tested(figure: Figure, units: str, p_holm: float, num_finalists: int, verdict: Conclusion, level: float) -> str:
-    """Interval, what it is over, and how sure that is."""
-    seeds = "1 seed" if figure["n"] == 1 else f"{figure['n']} seeds"
-    text = f"{level * 100:g} % interval {figure['ci_low']:+.4f} to {figure['ci_high']:+.4f}, {seeds}, {units}, "
-    if verdict == "cannot tell":
-        return text + f"at least {MIN_SEEDS} seeds are needed"
-    corrected = f" after correction for {num_finalists} finalists" if num_finalists > 1 else ""
-    return text + (f"p = {p_holm:.3f}" if p_holm >= 0.001 else "p < 0.001") + corrected
+def _check_seeds(name: str, ours: int, baseline: str, theirs: int) -> None:
+    if ours != theirs:
+        raise UserError(
+            f"{name} was trained on {ours} seeds and {baseline} on {theirs}: they are compared seed by seed, train "
+            "both on the same seeds"
+        )
 
 
 def _check_pairs(name: str, predictions: Sequence[Prediction], default: Sequence[Prediction]) -> None:
-    if len(predictions) != len(default):
-        raise UserError(
-            f"{name} was trained on {len(predictions)} seeds and the default on {len(default)}: they are compared seed "
-            "by seed, train both on the same seeds"
-        )
+    _check_seeds(name, len(predictions), "the default", len(default))
     for number, (ours, theirs) in enumerate(zip(predictions, default, strict=True), start=1):
         if not np.array_equal(ours[1], theirs[1]):
             raise UserError(f"{name} and the default were not scored on the same rows under seed {number}")

@@ -76,6 +76,7 @@ def export(bundle: Bundle, path: Path, format: Format, images: Sequence[np.ndarr
         UserError: the exported graph's probabilities differ from the bundle's by 1e-5 or more (no file is left); a
             package is missing; a wrong ending.
     """
+    _check_kind(bundle)
     path = _with_suffix(path, format)
     predictor = Predictor.from_bundle(bundle)
     pixels = _pixels(predictor, images)
@@ -120,6 +121,14 @@ def export_monai(folder: Path, into: Path) -> Path:
     write_atomic(into / "docs" / "data_license.txt", f"{data['name']}\nSource: {data['source']}\n")
     write_atomic(into / "LICENSE", f"Of the weights: {weights['name']}\nSource: {weights['source']}\n")
     return into
+
+
+def _check_kind(bundle: Bundle) -> None:
+    if bundle.kind != "classifier":
+        raise UserError(
+            f"classifiers are exported so, and the bundle holds a {bundle.kind}: its own folder is what other machines "
+            "load, with raymed installed (Bundle.load), or through the registry"
+        )
 
 
 def describe(bundle: Bundle, predictor: Predictor) -> dict[str, Any]:

@@ -9,6 +9,7 @@ removes, and the whole history of the model is written as `promotions.jsonl` amo
 """
 
 import json
+import re
 import tempfile
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -73,7 +74,7 @@ def promotions(client: "MlflowClient", name: str) -> list[dict[str, Any]]:
 
 def description(card: str) -> str:
     """What a version's page shows of the card: the head, since MLflow's databases take 5000 characters."""
-    head = card.split("\n## Foreign images")[0][:4900]
+    head = re.split(r"\n## (?:Foreign images|Data)\n", card)[0][:4900]
     return f"{head}\n\nThe whole card: {BUNDLE}/{CARD} in the model's artifacts."
 
 

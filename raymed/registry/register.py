@@ -24,7 +24,7 @@ from raymed.config import to_json
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import RegisterConfig, check_name, is_stated
 from raymed.registry.promote import CANDIDATE, CHAMPION, FIGURES, MODEL_ID, description, promote
-from raymed.registry.schema import input_example, requirements, signature
+from raymed.registry.schema import input_example, load_options, requirements, signature
 from raymed.registry.store import BUNDLE, alias_of, find_run, lookup
 from raymed.storage import is_remote, local_folder_copy
 from raymed.tracking import connect
@@ -194,9 +194,10 @@ def save_pyfunc(folder: Path, bundle: Bundle, into: Path, model: "LoggedModel", 
         into / "model",
         python_model=str(code),
         artifacts={BUNDLE.name: str(copy)},
-        signature=signature(),
+        signature=signature(bundle),
         input_example=input_example(bundle),
         pip_requirements=requirements(bundle),
+        model_config=load_options(bundle),
         mlflow_model=Model(model.artifact_location, run_id, model_uuid=model.model_id, model_id=model.model_id),
     )
     return into / "model"

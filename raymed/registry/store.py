@@ -2,9 +2,12 @@
 
 import re
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from raymed.bundle import Bundle
 from raymed.config import UserError
+from raymed.storage import resolve_storage
 from raymed.tracking.upload import RUN_KEY
 
 if TYPE_CHECKING:
@@ -71,6 +74,21 @@ def fetch_bundle(client: "MlflowClient", uri: str, into: Path) -> Path:
     source = f"{client.get_model_version_download_uri(name, version.version).rstrip('/')}/{BUNDLE}"
     into.mkdir(parents=True, exist_ok=True)
     return Path(download_artifacts(artifact_uri=source, dst_path=str(into), tracking_uri=client.tracking_uri))
+
+
+def load_model(model: str, tracking: str | None, storage: str | None) -> Bundle:
+    """The bundle in a folder, at s3://BUCKET/FOLDER, or of a registered model (see `fetch_bundle`).
+
+    tracking, storage: as `Tracker` and `resolve_storage` have them. Raises UserError where there is none.
+    """
+    from raymed.tracking import connect
+
+    if not model:
+        raise UserError("--model is needed: a bundle's folder, s3://BUCKET/FOLDER, or models:/NAME@champion")
+    if not model.startswith("models:/"):
+        return Bundle.load(model)
+    with TemporaryDirectory(prefix="raymed-bundle-") as folder:
+        return Bundle.load(fetch_bundle(connect(tracking, resolve_storage(storage)), model, Path(folder)))
 
 
 def _model(client: "MlflowClient", name: str) -> "RegisteredModel":

@@ -6,22 +6,20 @@ drawn (one trial, one seed, no finalist) is a sentence in its place.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from raymed.config import flatten, to_dict
 from raymed.report import figures as draw
 from raymed.report import sweep_search
-from raymed.report.page import Block, Bullets, Cell, Code, Facts, Lead, Picture, Section, Table, Text, write_page
-from raymed.report.sweep_record import SweepRecord, count, listed
-from raymed.report.tables import comparison_page, decimal, label, number, split_csv
+from raymed.report.page import Block, Bullets, Lead, Picture, Section, Text, write_page
+from raymed.report.sweep_record import SearchRecord, SweepRecord, count, listed
+from raymed.report.sweep_verdict import SPLITS, repeat_blocks, tone, verdict_blocks
+from raymed.report.tables import comparison_page, split_csv
 from raymed.storage import write_atomic
 
 METRICS = ("auroc", "auprc", "accuracy", "sensitivity", "specificity", "precision", "f1", "brier", "ece")
-SPLITS = {"test": "test", "val": "validation"}
 
 
 def write_sweep_report(folder: Path, record: SweepRecord) -> Path:
@@ -38,14 +36,14 @@ def write_sweep_report(folder: Path, record: SweepRecord) -> Path:
         Section("Hyper-parameters", sweep_search.hyper_parameters(folder, record)),
         Section("Where the models look", _inside(record)),
         Section("Further figures", [Picture(path, caption) for path, caption in record.pictures]),
-        Section("Repeat", _repeat(record)),
+        Section("Repeat", repeat_blocks(record.command, record.environment, record.config)),
         Section("Notes", [Bullets(record.notes)] if record.notes else []),
     ]
     subtitle = f"{record.data} Positive class: {record.positive}."
     return write_page(folder / "report.html", record.title, subtitle, _lead(record), sections)
 
 
-def trials_csv(record: SweepRecord) -> str:
+def trials_csv(record: SearchRecord) -> str:
     """One row a trial: number, status, value, last rung, a column a seed and a column a hyper-parameter.
 
     A parameter that is None reads "none", one that the trial does not have is empty, as is a value that is not finite.
@@ -100,13 +98,7 @@ def _lead(record: SweepRecord) -> Lead:
         "fresh seeds in the final": str(len(record.final_seeds)) if record.figures else "0",
         "times this test split has been opened": str(record.num_test_openings),
     }
-    return Lead(first, more, _tone(str(verdict)), numbers)
-
-
-def _tone(verdict: str) -> Any:
-    if verdict.startswith("cannot"):
-        return "open"
-    return "good" if verdict.startswith("above") else "neutral"
+    return Lead(first, more, tone(str(verdict)), numbers)
 
 
 def _verdict(folder: Path, record: SweepRecord) -> list[Block]:
@@ -114,55 +106,12 @@ def _verdict(folder: Path, record: SweepRecord) -> list[Block]:
         return [Text("There were no finals: nothing was trained on fresh seeds.", quiet=True)]
     if not any(record.verdicts.values()):
         return [Text(f"No configuration besides {record.baseline} reached the final: nothing to compare.", quiet=True)]
-    blocks: list[Block] = [
-        Text(
-            f"Finalists were chosen on validation and trained again, paired with {record.baseline}, on "
-            f"{count(len(record.final_seeds), 'fresh seed')} ({listed(record.final_seeds)}) that the search never "
-            f"saw. Chosen: {record.chosen}."
-        )
-    ]
-    panels = {}
-    for split in ("val", "test"):
-        if verdicts := record.verdicts.get(split):
-            blocks.append(_verdict_table(record, split, verdicts))
-            blocks.append(Bullets([str(verdict["sentence"]) for verdict in verdicts.values()]))
-            panels[f"{SPLITS[split].capitalize()} split"] = verdicts
-    path = folder / "figures" / "differences.png"
-    draw.forest(path, panels, f"{label(record.metric)} minus that of {record.baseline}")
-    caption = (
-        f"Difference in {label(record.metric)} from {record.baseline}, paired by seed and patient, with its 95 % "
-        "interval. Filled: the interval excludes zero, before correction for several finalists."
+    about = Text(
+        f"Finalists were chosen on validation and trained again, paired with {record.baseline}, on "
+        f"{count(len(record.final_seeds), 'fresh seed')} ({listed(record.final_seeds)}) that the search never "
+        f"saw. Chosen: {record.chosen}."
     )
-    return [*blocks, Picture(path, caption)]
-
-
-def _verdict_table(record: SweepRecord, split: str, verdicts: Mapping[str, Mapping[str, Any]]) -> Table:
-    header = ["", f"{label(record.metric)} minus {record.baseline}", "p", "p (Holm)", "verdict"]
-    rows = [
-        [
-            Cell(name, "chosen" if name == record.chosen else ""),
-            _difference(v["difference"]),
-            _p(v["p"]),
-            _p(v["p_holm"]),
-            Cell(str(v["verdict"]), mark=_tone(str(v["verdict"]))),
-        ]
-        for name, v in verdicts.items()
-    ]
-    caption = (
-        f"Verdict on the {SPLITS[split]} split. Mean difference over seeds, 95 % interval below it; p (Holm) is "
-        f"corrected for {count(len(verdicts), 'finalist')}."
-    )
-    return Table(header, rows, caption)
-
-
-def _difference(figure: Mapping[str, Any]) -> Cell:
-    """In four decimals: finalists differ by less than a table of results shows."""
-    mean, low, high = (number(figure[key]) for key in ("mean", "ci_low", "ci_high"))
-    return Cell(f"{mean:+.4f}", f"{low:+.4f}, {high:+.4f}")
-
-
-def _p(value: float | None) -> str:
-    return "< 0.001" if number(value) < 0.001 else decimal(value)
+    return [about, *verdict_blocks(folder, record.verdicts, record.metric, record.baseline, record.chosen)]
 
 
 def _results(record: SweepRecord) -> list[Block]:
@@ -221,12 +170,3 @@ def _inside(record: SweepRecord) -> list[Block]:
         "concept count is in how many places of the region a unit responds strongly, and is described, not judged."
     )
     return [comparison_page(figures, ["auroc", *names], caption), *pictures]
-
-
-def _repeat(record: SweepRecord) -> list[Block]:
-    blocks: list[Block] = [Code(record.command, "The command that repeats this sweep, or goes on with it:")]
-    if record.environment:
-        blocks.append(Facts(flatten(record.environment), "Environment"))
-    if record.config is not None:
-        blocks.append(Facts(flatten(to_dict(record.config)), "Config"))
-    return blocks

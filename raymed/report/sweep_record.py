@@ -29,28 +29,39 @@ Space = Mapping[str, Dimension]
 
 
 @dataclass(frozen=True)
-class SweepRecord:
-    """What a sweep did and found. Methods are the baseline and the finalists, in the order in which they are shown."""
+class SearchRecord:
+    """What a search did and found."""
 
-    title: str
-    command: str  # repeats the sweep
     metric: str
     mode: str  # "max" or "min"
-    figures: Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> "val" or "test" -> metric -> Figure
     baseline: str
     chosen: str
     trial_of: Mapping[str, int]  # method -> number of its trial
     trials: Sequence[Trial]
     space: Space
+    num_configurations: int
+    num_generations: int
+    generation_size: int | None  # None: suggested one by one
+    search_seeds: Sequence[int]
+
+    @property
+    def objective(self) -> str:
+        """What the search looked at, in words."""
+        return f"validation {label(self.metric)}"
+
+
+@dataclass(frozen=True)
+class SweepRecord(SearchRecord):
+    """What a sweep did and found. Methods are the baseline and the finalists, in the order in which they are shown."""
+
+    title: str
+    command: str  # repeats the sweep
+    figures: Mapping[str, Mapping[str, Mapping[str, Any]]]  # method -> "val" or "test" -> metric -> Figure
     predictions: Mapping[str, Mapping[str, Sequence[tuple[np.ndarray, np.ndarray]]]]  # -> (scores, targets) per seed
     thresholds: Mapping[str, Sequence[float]]  # method -> one a seed
     verdicts: Mapping[str, Mapping[str, Mapping[str, Any]]]  # "val" or "test" -> finalist -> Verdict
     sentence: str  # whether the sweep gained anything above seed noise
-    num_configurations: int
-    num_generations: int
-    generation_size: int | None  # None: suggested one by one
     num_test_openings: int  # this one included
-    search_seeds: Sequence[int]
     final_seeds: Sequence[int]
     data: str  # summary of the data set, in words
     positive: str
@@ -66,11 +77,6 @@ class SweepRecord:
     def finalists(self) -> list[str]:
         """Methods other than the baseline."""
         return [method for method in self.figures if method != self.baseline]
-
-    @property
-    def objective(self) -> str:
-        """What the search looked at, in words."""
-        return f"validation {label(self.metric)}"
 
 
 def finished(trials: Sequence[Trial]) -> list[Trial]:
@@ -96,7 +102,7 @@ def short_names(names: Sequence[str]) -> dict[str, str]:
 def per_seed(trials: Sequence[Trial], num_seeds: int) -> np.ndarray:
     """(T, S) values of T trials; a trial without them counts with its mean."""
     rows = [trial["per_seed"] or [trial["value"]] * num_seeds for trial in trials]
-    return np.array([[number(value) for value in row] for row in rows], float).reshape(len(trials), -1)
+    return np.array([[number(value) for value in row] for row in rows], float).reshape(len(trials), num_seeds)
 
 
 def count(count: int, noun: str) -> str:

@@ -11,7 +11,7 @@ from raymed.report import sweep_figures
 from raymed.report.axis import option_text
 from raymed.report.importance import MIN_FOR_IMPORTANCE, importance, importance_figure
 from raymed.report.page import Block, Cell, Picture, Table, Text
-from raymed.report.sweep_record import SweepRecord, Trial, count, finished, listed, short_names, were
+from raymed.report.sweep_record import SearchRecord, SweepRecord, Trial, count, finished, listed, short_names, were
 from raymed.report.tables import number
 from raymed.space import Choice, Dimension
 
@@ -40,7 +40,7 @@ def describe(dimension: Dimension) -> str:
     return f"{dimension.low:g} – {dimension.high:g}" + (", log" if dimension.log else "")
 
 
-def search(folder: Path, record: SweepRecord) -> list[Block]:
+def search(folder: Path, record: SearchRecord) -> list[Block]:
     """How trials were suggested and cut, their history, and the best of them."""
     status = Counter(trial["status"] for trial in record.trials)
     done = finished(record.trials)
@@ -70,7 +70,7 @@ def search(folder: Path, record: SweepRecord) -> list[Block]:
     return [*blocks, Picture(path, caption), _top_table(record, done)]
 
 
-def _suggested(record: SweepRecord) -> str:
+def _suggested(record: SearchRecord) -> str:
     tried = f"{count(record.num_configurations, 'configuration')} {were(record.num_configurations)} tried"
     if not record.generation_size:
         return f"{tried}, suggested one by one."
@@ -80,7 +80,7 @@ def _suggested(record: SweepRecord) -> str:
     )
 
 
-def _rung_table(record: SweepRecord) -> Table | None:
+def _rung_table(record: SearchRecord) -> Table | None:
     """What ASHA cut where; None where it cut nothing."""
     reached = Counter(int(rung) for trial in record.trials for rung in trial["rungs"])
     cut = Counter(max(map(int, t["rungs"])) for t in record.trials if t["status"] == "stopped" and t["rungs"])
@@ -97,7 +97,7 @@ def _share(part: int, whole: int) -> str:
     return f"{100 * part / whole:.0f} %"
 
 
-def _top_table(record: SweepRecord, done: Sequence[Trial]) -> Table:
+def _top_table(record: SearchRecord, done: Sequence[Trial]) -> Table:
     ordered = sorted(done, key=lambda trial: number(trial["value"]), reverse=record.mode == "max")[:TOP]
     names = short_names(list(record.space))
     rows = [
@@ -116,7 +116,7 @@ def _seeds_text(trial: Trial) -> str:
     return " ".join(map(_four, trial["per_seed"])) if len(trial["per_seed"]) > 1 else ""
 
 
-def hyper_parameters(folder: Path, record: SweepRecord) -> list[Block]:
+def hyper_parameters(folder: Path, record: SearchRecord) -> list[Block]:
     """Sensitivity, parallel coordinates and importance; a sentence where too few trials have finished."""
     done = finished(record.trials)
     if len(done) < 2:
@@ -151,7 +151,7 @@ def hyper_parameters(folder: Path, record: SweepRecord) -> list[Block]:
     return [*blocks, _importance(paths["importance"], record, len(done))]
 
 
-def _outside(record: SweepRecord) -> list[Block]:
+def _outside(record: SearchRecord) -> list[Block]:
     """Which values lie outside the space, as those of the recipe as it stands may."""
     found = [
         f"{name} = {option_text(trial['params'][name])} of trial {trial['number']}"
@@ -165,7 +165,7 @@ def _outside(record: SweepRecord) -> list[Block]:
     return [Text(told, quiet=True)] if found else []
 
 
-def _importance(path: Path, record: SweepRecord, num_finished: int) -> Block:
+def _importance(path: Path, record: SearchRecord, num_finished: int) -> Block:
     shares = importance(record.trials, record.space, len(record.search_seeds))
     if shares is None:
         few = num_finished < MIN_FOR_IMPORTANCE
@@ -183,7 +183,7 @@ def _importance(path: Path, record: SweepRecord, num_finished: int) -> Block:
     return Picture(path, caption)
 
 
-def _marked(record: SweepRecord) -> dict[int, tuple[str, str]]:
+def _marked(record: SearchRecord) -> dict[int, tuple[str, str]]:
     """The baseline's and the chosen trial, for figures."""
     marked = {}
     if record.baseline in record.trial_of:

@@ -22,7 +22,12 @@ LOWER_IS_BETTER = frozenset({"brier", "ece", "loss"})
 MARKS: tuple[Literal["best"], Literal["second"]] = ("best", "second")
 UNRANKED = frozenset({"chance", "concept_count"})
 """Described, not judged: neither more nor less of it is better."""
-LABELS = {
+RETRIEVAL = {
+    f"{direction}_recall_{k}": f"{words} R@{k}"
+    for direction, words in (("i2t", "image→text"), ("t2i", "text→image"))
+    for k in (1, 5, 10)
+} | {"mean_recall": "mean recall"}
+LABELS = RETRIEVAL | {
     "auroc": "AUROC",
     "auprc": "AUPRC",
     "accuracy_at_0.5": "accuracy@0.5",
@@ -34,6 +39,7 @@ LABELS = {
     "concept_count": "concept count",
 }
 METRICS_PER_BLOCK = 4  # as many as fit beside the methods in 80 columns
+_WIDE = 15  # characters of a label, from which on one fewer fits
 COLUMNS = ("mean", "std", "n", "ci_low", "ci_high", "num_patients", "unit", "num_undefined")
 
 
@@ -129,8 +135,9 @@ def _blocks(figures: Figures, metrics: Sequence[str], headers: list[str], cell, 
     from rich.table import Table
 
     tables = []
-    for start in range(0, len(metrics), METRICS_PER_BLOCK):
-        block = slice(start, start + METRICS_PER_BLOCK)
+    per_block = METRICS_PER_BLOCK - (max(map(len, headers), default=0) > _WIDE)
+    for start in range(0, len(metrics), per_block):
+        block = slice(start, start + per_block)
         table = Table(box=box.SIMPLE_HEAD, title=None if start else title, title_justify="left", collapse_padding=True)
         table.add_column("method", overflow="fold")
         for header in headers[block]:

@@ -12,25 +12,30 @@ is a method, and with "supcon_" before it another. Sources: Khosla et al. 2020 (
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from raymed.bundle import Bundle
-from raymed.config import UserError, check_choice, check_range, from_dict, to_dict
+from raymed.config import UserError, check_choice, from_dict, to_dict
 from raymed.data.augment import Augment
 from raymed.data.dataset import Batch, DataSet
 from raymed.data.manifest import DataConfig
+from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
 from raymed.losses import LOSSES, SupConLoss
+from raymed.metrics.classification import binary_metrics, tune_threshold
 from raymed.metrics.embedding import EmbeddingMeter
 from raymed.metrics.meters import BinaryMeter, Meter
 from raymed.models.encoder import Encoder, EncoderConfig, build_encoder
 from raymed.models.head import LinearHead, ProjectionHead
-from raymed.tasks.task import Ema, Loss, Nets, Network, Optim, Phase, Step, Task
+from raymed.space import Space
+from raymed.tasks import recipe
+from raymed.tasks.task import Loss, Nets, Network, Optim, Phase, Step, Task
 
 SUPCON = "supcon_"
 METHODS = tuple(LOSSES) + tuple(SUPCON + name for name in LOSSES)
@@ -47,38 +52,14 @@ Losses = dataclasses.make_dataclass(
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(recipe.Stage):
     """How long and how one phase is trained."""
 
-    steps: int = 2000
-    batch_size: int = 64
-    """Over all workers and micro-batches."""
-    accumulate: int = 1
-    """Micro-batches a step."""
     balanced: bool = True
     """Equal numbers of both classes in a batch."""
     optim: Optim = Optim(lr=4e-3)
     ema_decay: float | None = 0.99
     """Of the running average of the weights that is evaluated and kept; None = off."""
-    evaluations: int = 10
-    """How often the validation split is scored."""
-    patience: int | None = None
-    """Evaluations without a better AUPRC after which the phase ends; None = never."""
-
-    def __post_init__(self) -> None:
-        check_range("steps", self.steps, 1)
-        check_range("batch_size", self.batch_size, 2)
-        check_range("accumulate", self.accumulate, 1)
-        check_range("evaluations", self.evaluations, 1, self.steps)
-        if self.ema_decay is not None:
-            check_range("ema_decay", self.ema_decay, 0, 1, high_open=True)
-        if self.patience is not None:
-            check_range("patience", self.patience, 1)
-
-    @property
-    def ema(self) -> Ema | None:
-        """The average as the loop wants it."""
-        return None if self.ema_decay is None else Ema(self.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -98,8 +79,17 @@ class ContrastiveStage(Stage):
 
 
 @dataclass(frozen=True)
-class ClassifierRecipe:
+class ClassifierRecipe(recipe.Recipe):
     """Everything that decides what a classifier becomes. The defaults suit small radiographs."""
+
+    metrics: ClassVar[Mapping[str, Literal["max", "min"]]] = {
+        "auroc": "max",
+        "auprc": "max",
+        "accuracy_at_0.5": "max",
+        "brier": "min",
+        "ece": "min",
+    }
+    shown: ClassVar[tuple[str, ...]] = ("auroc", "auprc")
 
     data: DataConfig = DataConfig()
     model: EncoderConfig = EncoderConfig()
@@ -126,9 +116,40 @@ class ClassifierRecipe:
         return self.method.startswith(SUPCON)
 
     @property
+    def encoder_from(self) -> str | None:
+        """What `supcon.encoder_from` names, where there is such a phase."""
+        return self.supcon.encoder_from if self.two_stage else None
+
+    @property
+    def stage(self) -> Stage:
+        """Of the head, or of the one phase."""
+        return self.head if self.two_stage else self.single
+
+    @property
+    def label(self) -> str:
+        """The method."""
+        return self.method
+
+    @property
     def loss_name(self) -> str:
         """Name of the head's loss in LOSSES."""
         return self.method.removeprefix(SUPCON)
+
+    @property
+    def space(self) -> Space:
+        """The loss's own."""
+        loss = getattr(self.losses, self.loss_name)
+        return {f"losses.{self.loss_name}.{name}": dimension for name, dimension in loss.space.items()}
+
+    @property
+    def swept(self) -> tuple[str, ...]:
+        """Trials of two stages share an encoder, and the features it gives each image."""
+        return (f"losses.{self.loss_name}.", *(("head.",) if self.two_stage else ("single.", "augment.", "model.")))
+
+    def phantoms(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """Digital HSG X-rays."""
+        positive = self.data.positive or "occluded"
+        return write_hsg(folder / "hsg-64", size=64), {"data.positive": positive, "data.deidentified": True}
 
     def phases(self, data: DataSet) -> tuple[Phase, ...]:
         """The phases of this recipe for a data set."""
@@ -142,7 +163,7 @@ class ClassifierRecipe:
     def encoder_phase(self, data: DataSet) -> Phase:
         """The SupCon phase alone: what several heads of one seed share."""
         task = SupConTask(self.model, self.supcon, self.augment, data.preprocess)
-        return _phase("supcon", task, self.supcon, monitor=None)
+        return self.supcon.phase("supcon", task, None, balanced=self.supcon.balanced)
 
     def _classify(self, name: str, stage: Stage, data: DataSet, joint: bool) -> Phase:
         positive_rate = float(data.labels[data.splits["train"]].mean())
@@ -150,21 +171,17 @@ class ClassifierRecipe:
         classes = {"names": list(data.classes), "positive": data.positive}
         prior = 0.5 if stage.balanced else positive_rate
         task = ClassifierTask(self.model, stage, loss, self.augment, data.preprocess, joint, prior, classes)
-        return _phase(name, task, stage, monitor="auprc")
+        return stage.phase(name, task, "auprc", balanced=stage.balanced)
 
-
-def _phase(name: str, task: Task, stage: Stage, monitor: str | None) -> Phase:
-    return Phase(
-        name=name,
-        task=task,
-        steps=stage.steps,
-        batch_size=stage.batch_size,
-        accumulate=stage.accumulate,
-        balanced=stage.balanced,
-        evaluations=stage.evaluations,
-        monitor=monitor,
-        patience=stage.patience,
-    )
+    def outcome(self, scored: recipe.Scored) -> recipe.Outcome:
+        """Figures at the threshold that is best on the validation split; scores and targets."""
+        meters = {split: cast(BinaryMeter, of_split["binary"]) for split, of_split in scored.items()}
+        threshold = tune_threshold(meters["val"].scores, meters["val"].targets, self.threshold)
+        return recipe.Outcome(
+            {split: binary_metrics(m.scores, m.targets, threshold) for split, m in meters.items()},
+            {split: {"scores": m.scores, "targets": m.targets, "rows": m.index} for split, m in meters.items()},
+            {"threshold": threshold, "criterion": self.threshold, "chosen_on": "val"},
+        )
 
 
 @dataclass(frozen=True)

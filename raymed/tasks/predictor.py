@@ -29,6 +29,7 @@ from raymed.metrics.calibration import (
 )
 from raymed.metrics.ood import SCORES, FeatureDistances, fit_ood, is_foreign, separation
 from raymed.tasks.classifier import Classifier, load_classifier
+from raymed.tasks.images import to_unit, unit_image
 
 FILE_KINDS = ("PNG", "JPEG", "TIFF", "DICOM", "NIfTI")
 _PREFIX = "ood."  # of the distances' tensors among a bundle's extras
@@ -128,12 +129,11 @@ class Predictor:
         if pixels.ndim != 4 or pixels.shape[1:] != wanted or pixels.dtype not in (torch.uint8, torch.uint16):
             shape = ", ".join(map(str, wanted))
             raise UserError(f"pixels must be (B, {shape}) uint8 or uint16, got {tuple(pixels.shape)} {pixels.dtype}")
-        return [p for part in pixels.split(_BATCH) for p in self._predict(_unit(part))]
+        return [p for part in pixels.split(_BATCH) for p in self._predict(to_unit(part))]
 
     def input_image(self, images: Sequence[np.ndarray], first: int = 0) -> Tensor:
         """Decoded images -> (B, C, size, size) float32 in [0, 1], what `network` takes. Errors count from `first`."""
-        arrays = [self.preprocess.to_array(_checked(image, first + i)) for i, image in enumerate(images)]
-        return torch.cat([_unit(torch.from_numpy(array.transpose(2, 0, 1)[None].copy())) for array in arrays])
+        return unit_image(self.preprocess, images, first)
 
     def features(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Decoded images -> (N, D) float32 features of the encoder."""
@@ -285,20 +285,3 @@ def _class_names(bundle: Bundle) -> tuple[str, str]:
     positive = bundle.classes["positive"]
     others = [name for name in bundle.classes["names"] if name != positive]
     return others[0] if len(others) == 1 else f"not {positive}", positive
-
-
-def _checked(image: np.ndarray, place: int) -> np.ndarray:
-    shape, dtype = getattr(image, "shape", None), getattr(image, "dtype", None)
-    if shape is None or len(shape) not in (2, 3) or shape[2:] not in ((), (3,)) or dtype not in (np.uint8, np.uint16):
-        raise UserError(
-            f"image {place}: (H, W) or (H, W, 3) uint8 or uint16 is expected, got {shape} {dtype}; "
-            "read files with raymed.data.readers.read"
-        )
-    if image.size == 0 or image.min() == image.max():
-        raise UserError(f"image {place}: {'is empty' if image.size == 0 else 'all pixels have one value'}")
-    return image
-
-
-def _unit(pixels: Tensor) -> Tensor:
-    """uint8 or uint16 -> float32 in [0, 1], as `Batch.unit_image` makes it."""
-    return pixels.to(torch.float32) / torch.iinfo(pixels.dtype).max

@@ -30,6 +30,10 @@ class Optim:
     weight_decay: float = 0.05
     momentum: float = 0.9
     """AdamW's first beta, or SGD's Nesterov momentum."""
+    beta2: float = 0.999
+    """AdamW's second beta."""
+    eps: float = 1e-8
+    """AdamW's."""
     schedule: Literal["one_cycle", "cosine", "constant"] = "one_cycle"
     """one_cycle: up by a cosine and down to nothing, momentum moving against it; cosine: linear warm-up, then down to
     zero; constant: linear warm-up, then level."""
@@ -44,6 +48,8 @@ class Optim:
         check_range("optim.lr", self.lr, 0)
         check_range("optim.weight_decay", self.weight_decay, 0)
         check_range("optim.momentum", self.momentum, 0, 1, high_open=True)
+        check_range("optim.beta2", self.beta2, 0, 1, high_open=True)
+        check_range("optim.eps", self.eps, 0, low_open=True)
         check_range("optim.warmup", self.warmup, 0, 1, high_open=True)
         if self.clip is not None:
             check_range("optim.clip", self.clip, 0, low_open=True)
@@ -69,6 +75,8 @@ class Network:
     module: nn.Module
     optim: Optim | None = None
     ema: Ema | None = None
+    lr_scales: Mapping[str, float] = field(default_factory=dict)
+    """Parameter -> factor of its learning rate, where it is not 1."""
 
 
 @dataclass

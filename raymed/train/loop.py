@@ -18,7 +18,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.sampling import BalancedSampler, RandomSampler
-from raymed.distributed import agreed, rank, world_size
+from raymed.distributed import agreed, all_gather_object, rank, world_size
 from raymed.ledger import BACKWARD, DATA, EVALUATION, FORWARD, OPTIMIZER, Ledger, span
 from raymed.random import derive
 from raymed.tasks.task import Loss, Phase, Step
@@ -344,23 +344,36 @@ class _Curve:
         if self.pending:
             names = list(self.pending[0])
             rows = [torch.stack([v[name].to(self.device, torch.float32) for name in names]) for v in self.pending]
-            table = torch.stack(rows)
+            table = own = torch.stack(rows)
             if world_size() > 1:
+                own = table.clone()
                 torch.distributed.all_reduce(table)
                 table /= world_size()
+            self._check_finite(names, table, own)
             self._write(names, table.tolist())
         return self.counted / (time.perf_counter() - self.started)
+
+    def _check_finite(self, names: list[str], table: Tensor, own: Tensor) -> None:
+        """Raise UserError for the first step whose values are not finite, with the workers where they were not. table:
+        means over the workers; own: this worker's."""
+        wrong = ~table.isfinite().all(dim=1)
+        if not wrong.any():
+            return
+        first = int(wrong.nonzero()[0])
+        of_workers = all_gather_object(own[first].tolist())
+        there = [k for k, row in enumerate(of_workers) if not all(map(math.isfinite, row))] or [0]
+        self._write(names, table[:first].tolist())
+        shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, of_workers[there[0]], strict=True))
+        where = f" on worker {', '.join(map(str, there))}" if world_size() > 1 else ""
+        raise UserError(
+            f"training became not finite at step {self.done + 1} of phase {self.phase}{where} ({shown}). The last "
+            "checkpoint is kept; lower the learning rate or clip the gradient"
+        )
 
     def _write(self, names: list[str], table: list[list[float]]) -> None:
         self.pending = []
         for row in table:
             self.done += 1
-            if not all(map(math.isfinite, row)):
-                shown = ", ".join(f"{name} {value:g}" for name, value in zip(names, row, strict=True))
-                raise UserError(
-                    f"training became not finite at step {self.done} of phase {self.phase} ({shown}). The last "
-                    "checkpoint is kept; lower the learning rate or clip the gradient"
-                )
             if self.outbox:
                 named = {f"{self.phase}/{name}": value for name, value in zip(names, row, strict=True)}
                 self.outbox.metrics(named, self.first_step + self.done)

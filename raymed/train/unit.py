@@ -9,22 +9,20 @@ from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from raymed.config import to_dict, to_json
-from raymed.data.dataset import DataSet, load
+from raymed.data.dataset import DataSet
 from raymed.data.folds import Fold
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
-from raymed.metrics.classification import binary_metrics, tune_threshold
-from raymed.metrics.meters import BinaryMeter
 from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
 from raymed.storage.network import local_root, moved
-from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tasks.recipe import Outcome, Recipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
 from raymed.train.checkpoints.checkpoint import Checkpoints
@@ -41,7 +39,7 @@ SPLITS = ("val", "test")
 class Unit:
     """What to train and where it is kept."""
 
-    recipe: ClassifierRecipe
+    recipe: Recipe
     seed: int
     folder: Path
     key: str
@@ -105,15 +103,15 @@ class UnitRun:
         phases = phases_of(unit, self.data)
         if unit.compute.min_workers:
             phases = tuple(for_world(phase, unit.compute.workers, world_size()) for phase in phases)
-        if unit.part == "all" and unit.recipe.two_stage and unit.recipe.supcon.encoder_from:
-            refuse_seen(self.data, unit.recipe.supcon.encoder_from)
+        if unit.part == "all" and unit.recipe.encoder_from:
+            refuse_seen(self.data, unit.recipe.encoder_from)
         outbox = unit.outbox if rank() == 0 else None
         frozen = self._features(phases)
         self.fit = Fit(phases, self.data, unit.folder, unit.seed, unit.compute, outbox, interrupted, frozen)
 
     def _features(self, phases: tuple[Phase, ...]) -> dict[str, Tensor] | None:
         """Where one process trains a head on an encoder from elsewhere: the features that all such heads share."""
-        if world_size() > 1 or not (self.unit.recipe.supcon.encoder_from and phases[0].cache):
+        if world_size() > 1 or not (self.unit.recipe.encoder_from and phases[0].cache):
             return None
         unit = self.unit
         features = encoder_features(phases[0], self.data, unit.seed, unit.compute, unit.cache)
@@ -148,23 +146,16 @@ class UnitRun:
         return {"checkpoint": str(best.relative_to(self.unit.folder)) if best else None}
 
     def _scores(self) -> dict[str, Any]:
-        recipe, folder = self.unit.recipe, self.unit.folder
-        phase = self.fit.phases[-1]
+        phase, folder = self.fit.phases[-1], self.unit.folder
         networks, feed = self.fit.best()
-        meters = {s: cast(BinaryMeter, evaluate(phase, networks, feed, s)["binary"]) for s in self.unit.splits}
-        threshold = tune_threshold(meters["val"].scores, meters["val"].targets, recipe.threshold)
-        figures = {s: binary_metrics(meters[s].scores, meters[s].targets, threshold) for s in self.unit.splits}
+        outcome = self.unit.recipe.outcome({s: evaluate(phase, networks, feed, s) for s in self.unit.splits})
+        figures = outcome.figures
         if rank() > 0:
             return figures
-        arrays = {}
-        for split, meter in meters.items():
-            where = np.searchsorted(self.data.rows, meter.index)
-            values = {"scores": meter.scores, "targets": meter.targets, "where": where}
-            values |= {"rows": meter.index, "patients": self.data.patients[where]}
-            arrays |= {f"{split}_{name}": value for name, value in values.items()}
+        arrays: dict[str, Any] = self._arrays(outcome)
         np.savez(folder / "predictions.npz", **arrays)
         bundle = phase.task.bundle(networks)
-        bundle.operating_point = {"threshold": threshold, "criterion": recipe.threshold, "chosen_on": "val"}
+        bundle.operating_point = outcome.operating_point
         bundle.metrics = figures
         bundle.provenance = {"run_key": self.unit.key, "seed": self.unit.seed, "data": self.data.fingerprint}
         bundle.save(folder / "bundle")
@@ -174,6 +165,15 @@ class UnitRun:
         step = sum(phase.steps for phase in self.fit.phases)
         outbox.metrics({f"final/{s}/{name}": v for s in self.unit.splits for name, v in figures[s].items()}, step)
         return figures
+
+    def _arrays(self, outcome: Outcome) -> dict[str, np.ndarray]:
+        """SPLIT_NAME -> what was predicted, with whom each row is of and where it stands in the data."""
+        arrays = {}
+        for split, values in outcome.arrays.items():
+            where = np.searchsorted(self.data.rows, values["rows"])
+            values = values | {"where": where, "patients": self.data.patients[where]}
+            arrays |= {f"{split}_{name}": value for name, value in values.items()}
+        return arrays
 
 
 def train_unit(unit: Unit, interrupted: Callable[[], bool] = lambda: False, report=lambda evaluation: None) -> dict:
@@ -195,7 +195,8 @@ def pin_checkpoints(unit: Unit, reason: str) -> None:
 
 
 def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:
-    """A finished unit's scores, targets, rows (of the manifest), patients (codes) and where (indices of its data)."""
+    """What a finished unit predicted (`Outcome.arrays`: rows of the manifest; of a classifier scores and targets), with
+    patients (codes) and where (indices of its data)."""
     with np.load(unit.folder / "predictions.npz") as arrays:
         return {name.removeprefix(f"{split}_"): arrays[name] for name in arrays if name.startswith(f"{split}_")}
 
@@ -203,16 +204,20 @@ def predictions(unit: Unit, split: str) -> dict[str, np.ndarray]:
 def unit_data(unit: Unit) -> DataSet:
     """The data that a unit sees: those of its recipe, or a fold of them."""
     if unit.fold is None:
-        return load_data(unit.recipe.data, unit.cache)
-    return _fold_data(unit.recipe.data, unit.cache, unit.fold)
+        return load_data(unit.recipe, unit.cache)
+    return _fold_data(unit.recipe.read, unit.recipe.resolved_data, unit.cache, unit.fold)
 
 
-@functools.lru_cache(maxsize=8)
-def _fold_data(config: DataConfig, cache: Path, fold: Fold) -> DataSet:
-    return fold.apply(load_data(config, cache))
+def load_data(recipe: Recipe, cache: Path) -> DataSet:
+    """A recipe's data set; a process that trains several units on it reads it once."""
+    return _data(recipe.read, recipe.resolved_data, cache)
 
 
 @functools.lru_cache(maxsize=1)
-def load_data(config: DataConfig, cache: Path) -> DataSet:
-    """A data set; a process that trains several units on it reads it once."""
-    return load(config, cache)
+def _data(read: Callable, config: DataConfig, cache: Path) -> DataSet:
+    return read(config, cache)
+
+
+@functools.lru_cache(maxsize=8)
+def _fold_data(read: Callable, config: DataConfig, cache: Path, fold: Fold) -> DataSet:
+    return fold.apply(_data(read, config, cache))

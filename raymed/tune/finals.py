@@ -5,14 +5,14 @@ since the heads of a seed share its encoder.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from raymed.storage import address
-from raymed.train.places.launch import encoder_units, run_side_by_side
+from raymed.train.places.launch import encoder_units, flat, run_one_by_one, run_side_by_side
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
-from raymed.tune.config import Finals
+from raymed.tune.config import Finals, FinalSeeds
 from raymed.tune.journal import Journal
 from raymed.tune.trials import Replicate, Trials
 
@@ -32,17 +32,24 @@ def finalists(journal: Journal, finals: Finals, mode: str) -> dict[str, dict[str
     return {DEFAULT: {}} | {f"trial {trial.number}": trial.params for trial in best}
 
 
-def run_finals(job: Job, finals: Finals, methods: dict[str, dict[str, Any]], search: Trials) -> dict[str, list[Unit]]:
-    """Train every method on every fresh seed; returns the units, or {} when the job's budget is used up before."""
+def run_finals(
+    job: Job, finals: FinalSeeds, methods: Mapping[str, Mapping[str, Any]], search: Trials
+) -> dict[str, list[Unit]]:
+    """Train every method on every fresh seed; returns the units, or {} when the job's budget is used up before.
+
+    Side by side where a training has one worker, else one after the other.
+    """
     encoders, replicates = seed_replicates(job, finals.seeds)
     trials = dataclasses.replace(search, replicates=replicates)
     units = {
         method: [
-            trials.unit(replicate, params, f"finals/{method.replace(' ', '-')}", job.key) for replicate in replicates
+            trials.unit(replicate, dict(params), f"finals/{method.replace(' ', '-')}", job.key)
+            for replicate in replicates
         ]
         for method, params in methods.items()
     }
-    for unit in (unit for of_method in units.values() for unit in of_method):
+    for unit in flat(units):
         job.follow(unit.outbox)
-    waves = [encoders, [unit for of_method in units.values() for unit in of_method]]
-    return units if run_side_by_side(job, waves) else {}
+    if job.config.compute.workers > 1:
+        return units if run_one_by_one(job, [*encoders, *flat(units)]) else {}
+    return units if run_side_by_side(job, [encoders, flat(units)]) else {}

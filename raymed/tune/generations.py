@@ -9,11 +9,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from raymed.space import Space
+from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.heads.features import encoder_features
 from raymed.train.runs.job import Job
 from raymed.train.unit import unit_data
@@ -55,7 +56,7 @@ class Heads:
         from raymed.train.heads.bank import HeadBank, group
 
         numbers, anywhere = list(params), self.trials.replicates[0]
-        recipes = [self.trials.recipe(anywhere, params[number]) for number in numbers]
+        recipes = [cast(ClassifierRecipe, self.trials.recipe(anywhere, params[number])) for number in numbers]
         device = self.trials.template.compute.resolved_device()
         self.banks = [
             ([numbers[i] for i in members], HeadBank([recipes[i] for i in members], self.replicas, device))
@@ -127,7 +128,7 @@ def run_generations(
     threads = job.config.compute.threads or int(resources["cpu"])
     actor = ray.remote(**options)(Heads).remote(trials, features, threads)
     for numbers in left:
-        asked = suggest(journal, space, default, numbers[0], len(numbers), sweep.seed, sweep.mode)
+        asked = suggest(journal, space, default, numbers[0], len(numbers), sweep.seed, trials.mode)
         for number, params in zip(numbers, asked, strict=True):
             if number not in journal.trials:
                 journal.choose(number, params)
@@ -169,19 +170,19 @@ class _Generation:
         import ray
 
         recipe, numbers, began = self.trials.template.recipe, list(live), time.monotonic()
-        marks = rungs(recipe.head.evaluations, self.sweep.grace, self.sweep.reduction)
+        marks = rungs(recipe.stage.evaluations, self.sweep.grace, self.sweep.reduction)
         self.job.start()
         for number in live:
             self.job.follow(self.trials.open(number, self.journal.trials[number].params))
         ray.get(self.actor.begin.remote({number: self.journal.trials[number].params for number in live}))
-        for rung in range(1, recipe.head.evaluations + 1):
+        for rung in range(1, recipe.stage.evaluations + 1):
             found = wait_for(self.job, [self.actor.advance.remote(live)])
             if found is None:
                 return False
             live = self._record(rung, found[0])
             if rung in marks:
                 values = {t.number: t.rungs[rung] for t in self.journal.trials.values() if rung in t.rungs}
-                for number in cut(values, live, self.sweep.reduction, self.sweep.mode):
+                for number in cut(values, live, self.sweep.reduction, self.trials.mode):
                     self._end(number, "stopped", found[0][number].values)
                     live.remove(number)
             if not live:
@@ -192,7 +193,7 @@ class _Generation:
     def _tell(self, numbers: list[int], seconds: float) -> None:
         ended = [self.journal.trials[number] for number in numbers]
         finished = sum(trial.status == "finished" for trial in ended)
-        best = self.journal.best(self.sweep.mode)
+        best = self.journal.best(self.trials.mode)
         shown = "" if best is None else f"; best so far {line(self.journal, best.number, self.trials.metric)}"
         print(
             f"trials {numbers[0]} to {numbers[-1]} of {self.sweep.num_trials}: {finished} finished, "

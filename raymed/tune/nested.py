@@ -43,7 +43,7 @@ def run_nested(job: Job, sweep: SweepConfig, nested: Nested, seed: int) -> Path:
         if not run_side_by_side(job, [encoders]):
             break
         search(job, sweep, journal, trials)
-        best = journal.best(sweep.mode)
+        best = journal.best(trials.mode)
         if best is None or job.budget.exhausted():
             break
         units = {

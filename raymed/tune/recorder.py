@@ -6,6 +6,7 @@ from typing import Any
 from ray.tune import Callback, Stopper
 
 from raymed.storage import Mirror
+from raymed.tracking.outbox import Status
 from raymed.train.runs.job import Job
 from raymed.tune.journal import Journal
 from raymed.tune.search import TIME
@@ -15,8 +16,8 @@ from raymed.tune.trials import Trials
 class Recorder(Callback):
     """Lives in the driver."""
 
-    def __init__(self, job: Job, journal: Journal, trials: Trials):
-        self.job, self.journal, self.trials = job, journal, trials
+    def __init__(self, job: Job, journal: Journal, trials: Trials, num_trials: int):
+        self.job, self.journal, self.trials, self.num_trials = job, journal, trials, num_trials
 
     def __getstate__(self) -> dict:
         """Nothing: Tune pickles its callbacks for a restore of its own, and ours is the journal."""
@@ -54,16 +55,11 @@ class Recorder(Callback):
         self.journal.end(trial.config["number"], status, value, values)
         done = sum(t.status != "running" for t in self.journal.trials.values())
         told = line(self.journal, trial.config["number"], self.trials.metric)
-        print(f"{told}  ({done} of {self.job.config.sweep.num_trials})", flush=True)
+        print(f"{told}  ({done} of {self.num_trials})", flush=True)
 
-    def _close(self, trial: Any, status: Any) -> None:
+    def _close(self, trial: Any, status: Status) -> None:
         """Before the journal says that the trial has ended, since nobody looks at it again then."""
-        number, params = trial.config["number"], trial.config["params"]
-        if mirror := Mirror.of(self.trials.outbox(number).path.parent):
-            mirror.pull()
-        for outbox in [self.trials.outbox(number), *(u.outbox for u in self.trials.units(number, params))]:
-            if outbox.path.is_file():
-                outbox.close(status)
+        close_trial(self.trials, trial.config["number"], trial.config["params"], status)
 
 
 class WhenOver(Stopper):
@@ -80,6 +76,15 @@ class WhenOver(Stopper):
 
     def stop_all(self) -> bool:
         return self.job.over()
+
+
+def close_trial(trials: Trials, number: int, params: dict[str, Any], status: Status) -> None:
+    """Close the runs of a trial and of its replicates, wherever they were trained."""
+    if mirror := Mirror.of(trials.outbox(number).path.parent):
+        mirror.pull()
+    for outbox in [trials.outbox(number), *(unit.outbox for unit in trials.units(number, params))]:
+        if outbox.path.is_file():
+            outbox.close(status)
 
 
 def line(journal: Journal, number: int, metric: str) -> str:

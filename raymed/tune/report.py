@@ -21,6 +21,7 @@ from raymed.registry.register import register
 from raymed.report.sweep import write_sweep_report
 from raymed.report.sweep_record import SweepRecord, Trial
 from raymed.report.tables import comparison_table
+from raymed.results.model import median_unit
 from raymed.tasks.classifier import load_classifier
 from raymed.tracking import environment
 from raymed.train.runs.job import Job
@@ -29,9 +30,9 @@ from raymed.train.runs.results import METRICS, draw_heat_maps, draw_losses, pred
 from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, predictions, unit_data
 from raymed.tune.config import Finals, SweepConfig, search_space
 from raymed.tune.finals import DEFAULT
-from raymed.tune.journal import Journal
+from raymed.tune.journal import Journal, TrialRecord
 from raymed.tune.trials import Trials
-from raymed.tune.winner import median_unit, write_model
+from raymed.tune.winner import write_model
 
 _LOOKED_AT = 200  # images a network: counting places takes a fraction of a second for each of its channels
 NO_FINALS = "cannot tell: the budget was used up before the best trials were trained on fresh seeds"
@@ -56,7 +57,7 @@ class Outcome:
 def judge_finals(job: Job, sweep: SweepConfig, journal: Journal, methods: Mapping[str, Sequence[Unit]]) -> Outcome:
     """Name the winner and judge every finalist, once on validation and then once on test."""
     figures = {name: summarise(units) for name, units in methods.items()}
-    sign = 1 if sweep.mode == "max" else -1
+    sign = 1 if job.recipe.metrics[sweep.metric] == "max" else -1
     chosen = max(figures, key=lambda method: sign * figures[method]["val"][sweep.metric]["mean"])
     openings = open_test(job.storage, unit_data(methods[DEFAULT][0]), job.key)
     verdicts = {}
@@ -101,7 +102,7 @@ def report_sweep(
         unit = median_unit(outcome.methods[outcome.chosen], sweep.metric)
         shown = outcome.figures[outcome.chosen]
         paths["model"] = write_model(job.folder / "model", unit, job, shown, foreign, registering.intended_use)
-        name = default_name(job.config.recipe.data.manifest, job.recipe.method)
+        name = default_name(job.config.recipe.data.manifest, job.recipe.label)
         tracking, run_id = job.config.run.tracking, job.tracker.run_id(job.key, timeout=60)
         registered = register(paths["model"], registering, name, tracking=tracking, storage=job.storage, run_id=run_id)
         if registered:
@@ -110,7 +111,7 @@ def report_sweep(
         show(comparison_table(of_test, METRICS, title=f"test split, {len(finals.seeds)} fresh seeds"))
         job.outbox.metrics({f"test/{name}": of_test[outcome.chosen][name]["mean"] for name in METRICS}, 0)
     _log(job, paths)
-    best = journal.best(sweep.mode)
+    best = journal.best(trials.mode)
     extra = {
         "sweep": {
             "num_trials": len(journal.trials),
@@ -180,18 +181,18 @@ def _record(
     heat_maps: list[tuple[Path, str]],
     pictures: list[tuple[Path, str]],
 ) -> SweepRecord:
-    data = load_data(job.recipe.data, trials.template.cache)
+    data = load_data(job.recipe, trials.template.cache)
     batched = sweep.batched and job.recipe.two_stage
     return SweepRecord(
-        title=f"Sweep of {job.recipe.method}: {job.name}",
+        title=f"Sweep of {job.recipe.label}: {job.name}",
         command=job.command,
         metric=sweep.metric,
-        mode=sweep.mode,
+        mode=trials.mode,
         figures=outcome.figures,
         baseline=DEFAULT,
         chosen=outcome.chosen,
         trial_of={m: 0 if m == DEFAULT else int(m.split()[1]) for m in outcome.methods},
-        trials=[_trial(trial) for trial in journal.trials.values()],
+        trials=[trial_of(trial) for trial in journal.trials.values()],
         space=search_space(job.recipe, sweep),
         predictions={name: {s: _scores(units, s) for s in SPLITS} for name, units in outcome.methods.items()},
         thresholds={name: [prediction(u, "test")[3] for u in units] for name, units in outcome.methods.items()},
@@ -203,7 +204,7 @@ def _record(
         num_test_openings=outcome.openings,
         search_seeds=[replicate.seed for replicate in trials.replicates],
         final_seeds=finals.seeds,
-        data=_about(data),
+        data=f"{images_of(data)}, {data.labels.mean():.0%} {data.positive}.",
         positive=data.positive,
         negative=" or ".join(name for name in data.classes if name != data.positive),
         config=job.config,
@@ -215,18 +216,19 @@ def _record(
     )
 
 
-def _about(data: DataSet) -> str:
-    """The data in one line."""
+def images_of(data: DataSet) -> str:
+    """How many images of how many patients there are, by split."""
     parts = ", ".join(f"{len(indices)} {name}" for name, indices in data.splits.items())
     patients = f" of {len(np.unique(data.patients))} patients" if data.has_patients else ""
-    return f"{len(data)} images{patients} ({parts}), {data.labels.mean():.0%} {data.positive}."
+    return f"{len(data)} images{patients} ({parts})"
 
 
 def _scores(units: Sequence[Unit], split: str) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(arrays["scores"], arrays["targets"]) for arrays in (predictions(unit, split) for unit in units)]
 
 
-def _trial(trial: Any) -> Trial:
+def trial_of(trial: TrialRecord) -> Trial:
+    """A journaled trial as a report has it."""
     return Trial(
         number=trial.number,
         params=trial.params,

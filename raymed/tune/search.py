@@ -103,6 +103,7 @@ class JournalAsha(AsyncHyperBandScheduler):
     """
 
     def __init__(self, journal: Journal, metric: str, mode: str, evaluations: int, grace: int, reduction: int):
+        self.evaluations = evaluations
         last = evaluations + 1  # the report after the last evaluation must not be cut off
         super().__init__(TIME, metric, mode, max_t=last, grace_period=grace, reduction_factor=reduction)
         for trial in journal.trials.values():
@@ -115,9 +116,10 @@ class JournalAsha(AsyncHyperBandScheduler):
         super().on_trial_add(tune_controller, _numbered(trial))
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict) -> str:
-        """Trial 0, what all others are compared with, goes to its end."""
+        """Trial 0, what all others are compared with, goes to its end; who has come to the last evaluation is there."""
         decision = super().on_trial_result(tune_controller, _numbered(trial), result)
-        return TrialScheduler.CONTINUE if trial.config["number"] == 0 else decision
+        kept = trial.config["number"] == 0 or result[TIME] >= self.evaluations
+        return TrialScheduler.CONTINUE if kept else decision
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict) -> None:
         super().on_trial_complete(tune_controller, _numbered(trial), result)

@@ -1,7 +1,8 @@
 """A sweep over a recipe's loss, from the search to the model that leaves it.
 
     encoders    one a search seed (two-stage methods), trained once
-    search      trials on the search seeds: generations of heads (`generations`), or Ray Tune trials (`trials`)
+    search      trials on the search seeds: generations of heads (`generations`), Ray Tune trials (`trials`), or groups
+                of workers one after the other (`in_turn`)
     finals      the best trials and the default on fresh seeds (`finals`)
     report      the verdict, first on validation and then on test; page, tables, figures (`report`)
 
@@ -29,6 +30,7 @@ from raymed.train.unit import Unit
 from raymed.tune.config import Finals, SweepConfig, default_params, search_space
 from raymed.tune.finals import finalists, run_finals, seed_replicates
 from raymed.tune.generations import run_generations
+from raymed.tune.in_turn import run_in_turn
 from raymed.tune.journal import Journal
 from raymed.tune.report import report_sweep
 from raymed.tune.results import write_tune_results
@@ -60,10 +62,9 @@ def run_sweep(
     units: dict[str, list[Unit]] = {}
     if run_side_by_side(job, [encoders]):
         search(job, sweep, journal, trials)
-        if journal.best(sweep.mode) is None and not job.budget.exhausted():
-            raise UserError(f"no trial finished: see the errors above and {journal.path}")
-    if journal.best(sweep.mode) is not None and not job.budget.exhausted():
-        units = run_finals(job, finals, finalists(journal, finals, sweep.mode), trials)
+        check_found(job, journal, trials.mode)
+    if journal.best(trials.mode) is not None and not job.budget.exhausted():
+        units = run_finals(job, finals, finalists(journal, finals, trials.mode), trials)
     write_tune_results(job.folder / "tune", journal, sweep.metric)
     return report_sweep(job, sweep, finals, registering, foreign, journal, trials, units)
 
@@ -82,11 +83,14 @@ def template(job: Job) -> Unit:
 
 def search(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials) -> None:
     """Run, or go on with, the trials. Returns when all have ended, or when the job's budget is used up."""
-    compute = job.config.compute
-    space = search_space(job.recipe, sweep)
-    default = default_params(job.recipe, space)
+    compute, recipe = job.config.compute, trials.template.recipe
+    space = search_space(recipe, sweep)
+    default = default_params(recipe, space)
+    if compute.workers > 1:
+        run_in_turn(job, sweep, space, default, journal, trials)
+        return
     cpus, gpus = compute.cpus_per_worker, float(gpus_of(compute.device))
-    if sweep.batched and job.recipe.two_stage:
+    if sweep.batched and recipe.two_stage:
         cpus = cpus_for(trials.template)
         require(cpus, gpus, advice=ADVICE)
         with job.budget.running("search", gpus):
@@ -98,3 +102,9 @@ def search(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials) -> No
     room = require(cpus, gpus, at_most=at_most, advice=ADVICE)
     with job.budget.running("search", gpus * room):
         run_trials(job, sweep, space, default, journal, trials, room, {"cpu": cpus, "gpu": gpus})
+
+
+def check_found(job: Job, journal: Journal, mode: str) -> None:
+    """Raise UserError where all trials have ended and none of them is finished."""
+    if journal.best(mode) is None and not job.budget.exhausted():
+        raise UserError(f"no trial finished: see the errors above and {journal.path}")

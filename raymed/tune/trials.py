@@ -17,7 +17,7 @@ from raymed.config import replace
 from raymed.data.folds import Fold
 from raymed.space import Space
 from raymed.storage import Mirror
-from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tasks.recipe import Recipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit, UnitRun
@@ -45,6 +45,11 @@ class Trials:
     replicates: tuple[Replicate, ...]
     metric: str
 
+    @property
+    def mode(self) -> str:
+        """Whether more ("max") or less ("min") of the metric is better."""
+        return self.template.recipe.metrics[self.metric]
+
     def name(self, number: int) -> str:
         """For people and folders."""
         return f"trial-{number:04d}"
@@ -59,7 +64,7 @@ class Trials:
         outbox.open(f"{self.template.key}/{self.name(number)}", self.name(number), self.template.key, params)
         return outbox
 
-    def recipe(self, replicate: Replicate, params: dict[str, Any]) -> ClassifierRecipe:
+    def recipe(self, replicate: Replicate, params: dict[str, Any]) -> Recipe:
         """The recipe of a trial on one replicate."""
         recipe = replace(self.template.recipe, params)
         return replace(recipe, {"supcon.encoder_from": replicate.encoder}) if replicate.encoder else recipe
@@ -115,14 +120,15 @@ def _values(run: UnitRun, metric: str) -> Iterator[float]:
     """The metric after every evaluation, from the first: those of an earlier, interrupted run are on record."""
     told = 0
     for evaluation in run.evaluations():
-        earlier = _recorded(run, metric)[told : evaluation.number - 1]
+        earlier = recorded(run.unit.outbox, metric)[told : evaluation.number - 1]
         yield from (*earlier, evaluation.metrics[metric])
         told = evaluation.number
-    yield from _recorded(run, metric)[told:]
+    yield from recorded(run.unit.outbox, metric)[told:]
 
 
-def _recorded(run: UnitRun, metric: str) -> list[float]:
-    kept = [r["values"] for r in run.unit.outbox.records() if r["op"] == "metrics" and f"val/{metric}" in r["values"]]
+def recorded(outbox: Outbox, metric: str) -> list[float]:
+    """A validation metric after every evaluation of a training that is told to this outbox; nan where it was none."""
+    kept = [r["values"] for r in outbox.records() if r["op"] == "metrics" and f"val/{metric}" in r["values"]]
     return [math.nan if values[f"val/{metric}"] is None else values[f"val/{metric}"] for values in kept]
 
 
@@ -148,22 +154,21 @@ def run_trials(
     left = sweep.num_trials - sum(t.status != "running" for t in journal.trials.values())
     if left <= 0:
         return
-    recipe = trials.template.recipe
-    evaluations = (recipe.head if recipe.two_stage else recipe.single).evaluations
+    evaluations = trials.template.recipe.stage.evaluations
     with tempfile.TemporaryDirectory(prefix="raymed-tune-") as scratch:
         tune.Tuner(
             tune.with_resources(tune.with_parameters(run_trial, trials=trials), resources),
             tune_config=tune.TuneConfig(
                 num_samples=left,
                 max_concurrent_trials=at_once,
-                search_alg=JournalSearcher(journal, space, default, sweep.num_trials, sweep.seed, sweep.mode),
-                scheduler=JournalAsha(journal, sweep.metric, sweep.mode, evaluations, sweep.grace, sweep.reduction),
+                search_alg=JournalSearcher(journal, space, default, sweep.num_trials, sweep.seed, trials.mode),
+                scheduler=JournalAsha(journal, sweep.metric, trials.mode, evaluations, sweep.grace, sweep.reduction),
                 reuse_actors=True,
             ),
             run_config=tune.RunConfig(
                 name=job.name,
                 storage_path=scratch,
-                callbacks=[Recorder(job, journal, trials)],
+                callbacks=[Recorder(job, journal, trials, sweep.num_trials)],
                 failure_config=tune.FailureConfig(max_failures=1),
                 stop=WhenOver(job),
                 verbose=0,

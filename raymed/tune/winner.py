@@ -1,11 +1,10 @@
-"""From the method that won to the model that leaves: one bundle with calibration, operating point, OOD score and card.
-
-Of the method's fresh seeds the one with the median validation score is taken: the best one would be luck again.
+"""From the classifier that won to the model that leaves: one bundle with calibration, operating point, OOD score and
+card.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -17,6 +16,7 @@ from raymed.data.locations import as_location
 from raymed.data.phantoms import hsg
 from raymed.registry.card import provenance, write_card
 from raymed.storage import local_folder_copy
+from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.train.runs.job import Job
 from raymed.train.runs.results import summarise
@@ -24,12 +24,6 @@ from raymed.train.unit import Unit, predictions, unit_data
 
 _FOREIGN = 200  # images of a foreign set that are looked at
 _PHANTOMS = 50
-
-
-def median_unit(units: Sequence[Unit], metric: str) -> Unit:
-    """The unit with the median validation score; of an even number the lower of the two in the middle."""
-    ordered = sorted(units, key=lambda unit: (unit.result() or {})["val"][metric])
-    return ordered[(len(ordered) - 1) // 2]
 
 
 def write_model(
@@ -73,7 +67,7 @@ def write_model(
 
 def _weights(unit: Unit) -> dict[str, str]:
     """Where the encoder's first weights are from."""
-    model = unit.recipe.model
+    model = cast(ClassifierRecipe, unit.recipe).model
     if model.weights == "none":
         return {"name": "none needed", "source": f"{model.backbone}, trained from random weights"}
     return {"name": NOT_STATED, "source": f"{model.backbone}, started from {model.weights}"}

@@ -228,3 +228,15 @@ def test_a_rung_cuts_below_rays_own_cutoff(tmp_path):
     bracket = bench.asha._brackets[0]
     cutoff = bracket.cutoff(bracket._rungs[-1][1])
     assert cut(values, list(values), 3, "max") == [n for n, value in values.items() if value < cutoff and n]
+
+
+def test_who_has_come_to_the_last_evaluation_is_not_stopped_there(tmp_path):
+    journal = Journal(tmp_path / "sweep.jsonl")
+    bench = Bench(journal)  # its rungs are 1, 3 and 9, and 9 is the last evaluation
+    for number in range(4):
+        journal.choose(number, {})
+        bench.start(number)
+    decisions = {rung: [bench.result(n, rung, 1 - 0.2 * n) for n in range(4)] for rung in (3, 9, 10)}
+
+    assert decisions[3].count(TrialScheduler.STOP) > 0
+    assert decisions[9] == decisions[10] == [TrialScheduler.CONTINUE] * 4

@@ -56,7 +56,6 @@ def test_one_stage_methods_sweep_the_encoder_too():
     ("changes", "said"),
     [
         ({"space": ("head.optim.lr",)}, "sweep.space must be NAME=RANGE"),
-        ({"metric": "auprcc"}, "did you mean 'auprc'?"),
         ({"num_trials": 0}, "sweep.num_trials must be >= 1"),
         ({"at_once": 0}, "sweep.at_once must be >= 1"),
         ({"reduction": 1}, "sweep.reduction must be >= 2"),
@@ -75,6 +74,8 @@ def test_a_sweep_config_that_cannot_be_fails_when_it_is_made(changes, said):
         ((1, 1), Finals(), SweepConfig(), "seeds must be different"),
         ((1,), Finals(), SweepConfig(space=("head.optim.name=adamw|sgd",)), "add --sweep.no-batched"),
         ((1,), Finals(), SweepConfig(grace=99), "sweep.grace must be >= 1 and <= 10, got 99"),
+        ((1,), Finals(), SweepConfig(metric="auprcc"), "did you mean 'auprc'?"),
+        ((1,), Finals(), SweepConfig(metric="mean_recall"), "sweep.metric must be one of 'auroc'"),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused_before_it_starts(seeds, finals, sweep, said):

@@ -54,7 +54,7 @@ class DeepSpeedEngine:
         self.offload = compute.offload and self.stage >= 2
         self.trained = {name: p for name, p in self.module.named_parameters() if p.requires_grad}
         self.module.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload] # DeepSpeed reads the weights as flat bytes
-        self.engine: Any = _initialize(self.module, self.optim, self._config())
+        self.engine: Any = _initialize(network, self._config())
         self.optimizer: Any = self.engine.optimizer
         if self.stage == 0:  # above, the weights are views of flat buffers and must stay so
             compute.prepare(self.module)
@@ -191,7 +191,8 @@ class DeepSpeedEngine:
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _initialize(module: nn.Module, optim: Optim, config: dict[str, Any]) -> Any:
+def _initialize(network: Network, config: dict[str, Any]) -> Any:
+    module = network.module
     on_cpu = next(module.parameters()).device.type == "cpu"
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it would take a GPU that it sees
@@ -207,7 +208,7 @@ def _initialize(module: nn.Module, optim: Optim, config: dict[str, Any]) -> Any:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    optimizer = build_optimizer(module, optim)
+    optimizer = build_optimizer(network)
     with _scalars_broadcast():
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, dist_init_required=False)
     return engine

@@ -68,12 +68,14 @@ class TorchEngine:
         self.optim: Optim = network.optim
         self.steps = steps
         self.compute = compute
-        self.optimizer = build_optimizer(self.module, self.optim)
+        self.optimizer = build_optimizer(network)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.forward = torch.compile(self.module) if compute.compile else self.module
 
     def __call__(self, *inputs: Tensor) -> Any:
         """Forward, compiled and under autocast where asked."""
+        if self.compute.compile:
+            _lengths_vary(inputs)
         with self.compute.autocast():
             return self.forward(*inputs)
 
@@ -112,6 +114,14 @@ class TorchEngine:
     def load_optimizer_state(self, state: OptimizerState) -> None:
         """State by name."""
         write_state(self.module, self.optimizer, state)
+
+
+def _lengths_vary(inputs: Iterable[Tensor]) -> None:
+    """Tell the compiler that tokens (B, L) come in many shapes: else each would be compiled anew."""
+    for x in inputs:
+        if x.ndim == 2 and not x.is_floating_point():
+            torch._dynamo.maybe_mark_dynamic(x, 0)
+            torch._dynamo.maybe_mark_dynamic(x, 1)
 
 
 def average_gradients(parameters: Iterable[Tensor]) -> None:

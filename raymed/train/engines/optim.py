@@ -6,27 +6,38 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from raymed.tasks.task import Optim
+from raymed.tasks.task import Network, Optim
 
 _START, _END = 25.0, 1e4  # one-cycle: first lr is peak / 25, the last that / 1e4 (Smith & Topin 2018; torch's defaults)
 _LOW_MOMENTUM = 0.85
+SCALE = "lr_scale"
+"""Of a group: factor of the learning rate."""
 
 
-def build_optimizer(module: nn.Module, optim: Optim) -> torch.optim.Optimizer:
-    """AdamW, or SGD with Nesterov momentum, over the parameters that require a gradient, in named order.
+def parameter_groups(network: Network) -> dict[tuple[float, bool], list[nn.Parameter]]:
+    """(factor of the learning rate, whether it is decayed) -> parameters that require a gradient, in named order.
 
-    Two groups: weights with decay, and biases and norm scales (fewer than two axes) without.
+    Biases and norm scales (fewer than two axes) are not decayed; factors are those of `Network.lr_scales`.
     """
-    trained = [p for p in module.parameters() if p.requires_grad]
+    trained = [(name, p) for name, p in network.module.named_parameters() if p.requires_grad]
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, p in sorted(trained, key=lambda named: named[1].ndim < 2):
+        groups.setdefault((network.lr_scales.get(name, 1.0), p.ndim >= 2), []).append(p)
+    return groups
+
+
+def build_optimizer(network: Network) -> torch.optim.Optimizer:
+    """AdamW, or SGD with Nesterov momentum, over the network's `parameter_groups`."""
+    assert network.optim is not None
+    optim = network.optim
     groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": optim.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": parameters, "weight_decay": optim.weight_decay if decayed else 0.0, SCALE: scale}
+        for (scale, decayed), parameters in parameter_groups(network).items()
     ]
-    groups = [group for group in groups if group["params"]]
     if optim.name == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr, momentum=optim.momentum, nesterov=optim.momentum > 0)
-    fused = all(p.device.type in ("cpu", "cuda") for p in trained)  # one pass over the memory
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, 0.999), fused=fused)
+    fused = all(p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])  # one pass over memory
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=(optim.momentum, optim.beta2), eps=optim.eps, fused=fused)
 
 
 def schedule(optim: Optim, step: int, steps: int) -> tuple[float, float]:
@@ -59,7 +70,7 @@ def _cosine(start: float, end: float, done: float) -> float:
 def set_schedule(optimizer: torch.optim.Optimizer, lr: float, momentum: float) -> None:
     """Write this step's learning rate and momentum into every group (also of DeepSpeed's wrapped optimisers)."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group[SCALE]
         if "betas" in group:
             group["betas"] = (momentum, group["betas"][1])
         else:

@@ -80,8 +80,12 @@ class Best:
     """(S,) number of that evaluation, from 1."""
 
 
+_SHARED = ("beta2", "eps")  # of the optimisers of a bank
+
+
 def group(recipes: Sequence[ClassifierRecipe]) -> list[list[int]]:
-    """Indices of recipes that one bank can train: alike but for floats of the loss, of head.optim, and head.ema_decay.
+    """Indices of recipes that one bank can train: alike but for floats of the loss, of head.optim (not beta2 and eps),
+    and head.ema_decay.
 
     A field that is None in one and a number in another tells them apart.
     """
@@ -89,7 +93,10 @@ def group(recipes: Sequence[ClassifierRecipe]) -> list[list[int]]:
     for index, recipe in enumerate(recipes):
         loss = f"losses.{recipe.loss_name}"
         own = [f"{loss}.{name}" for name in _float_fields(getattr(recipe.losses, recipe.loss_name))]
-        own += ["head.ema_decay", *(f"head.optim.{name}" for name in _float_fields(recipe.head.optim))]
+        own += [
+            "head.ema_decay",
+            *(f"head.optim.{name}" for name in _float_fields(recipe.head.optim) if name not in _SHARED),
+        ]
         values = flatten(recipe)
         values |= {name: values[name] is None for name in own}
         groups.setdefault(json.dumps(values, sort_keys=True), []).append(index)

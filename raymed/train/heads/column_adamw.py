@@ -15,8 +15,6 @@ from torch import Tensor
 from raymed.tasks.task import Optim
 from raymed.train.engines.optim import schedule
 
-_BETA2 = 0.999
-_EPS = 1e-8  # both are torch's defaults
 _CLIP_EPS = 1e-6  # as in torch.nn.utils.clip_grads_with_norm_
 
 
@@ -24,12 +22,14 @@ class ColumnAdamW:
     """Moves weights (S, K, P) float32 in place: S replicas of K configurations with P parameters each.
 
     The last parameter of every head is its bias, which is not decayed. A head's gradient is clipped by its own norm.
+    beta2 and eps are the same for all: those of the first.
     """
 
     def __init__(self, weights: Tensor, optims: Sequence[Optim], steps: int):
         self.weights = weights
         self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
         self.scratch = torch.empty_like(weights)
+        self.beta2, self.eps = optims[0].beta2, optims[0].eps
         self.table = torch.from_numpy(_table(optims, steps)).to(weights.device)
         clips = [optim.clip for optim in optims if optim.clip is not None]
         self.clip = torch.tensor(clips, device=weights.device) if clips else None
@@ -43,8 +43,8 @@ class ColumnAdamW:
             gradient.mul_((self.clip / (norm + _CLIP_EPS)).clamp_(max=1.0)[:, :, None])
         self.weights[:, :, :-1].mul_(decay)
         self.mean.lerp_(gradient, mix)
-        self.square.mul_(_BETA2).addcmul_(gradient, gradient, value=1 - _BETA2)
-        torch.sqrt(self.square, out=self.scratch).div_((1 - _BETA2 ** (number + 1)) ** 0.5).add_(_EPS)
+        self.square.mul_(self.beta2).addcmul_(gradient, gradient, value=1 - self.beta2)
+        torch.sqrt(self.square, out=self.scratch).div_((1 - self.beta2 ** (number + 1)) ** 0.5).add_(self.eps)
         torch.div(self.mean, self.scratch, out=self.scratch)
         self.weights.addcmul_(self.scratch, rate)
         return norm

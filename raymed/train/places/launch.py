@@ -51,14 +51,14 @@ def check_cluster(job: Job) -> None:
     """Raise UserError where a node of the connected cluster cannot do its part: versions, MLflow, storage, data."""
     check_versions()
     check_tracking(job.config.run.tracking, job.storage)
-    check_nodes(job.storage, job.recipe.data)
+    check_nodes(job.storage, job.recipe.resolved_data)
 
 
 def _train_here(job: Job, unit: Unit, train: Callable[..., dict] = train_unit) -> bool:
     gpus = unit.compute.workers * int(unit.compute.resolved_device().type == "cuda")
     try:
         with job.budget.running(unit.name, gpus):
-            train(unit, job.over, show_progress(unit.name))
+            train(unit, job.over, show_progress(unit.name, unit.recipe.shown))
     except Interrupted:
         if job.interrupted() or not job.budget.exhausted():  # the second: another process was asked to stop
             raise
@@ -162,7 +162,7 @@ def _kind(unit: Unit) -> str:
     if unit.part == "encoder":
         return "encoders"
     if unit.recipe.two_stage:
-        return "heads" if unit.recipe.supcon.encoder_from else "two-stage trainings"
+        return "heads" if unit.recipe.encoder_from else "two-stage trainings"
     return "trainings"
 
 
@@ -215,11 +215,13 @@ def _peak_and_total(unit: Unit) -> tuple[int, int]:
 
 def _train(unit: Unit) -> dict:
     """An encoder, which everything waits for, says how far it is; of the others their end is news enough."""
-    return train_unit(unit, report=show_progress(unit.name) if unit.part == "encoder" else lambda evaluation: None)
+    show = show_progress(unit.name, unit.recipe.shown)
+    return train_unit(unit, report=show if unit.part == "encoder" else lambda evaluation: None)
 
 
 def _announce(unit: Unit, result: dict, done: int, total: int, began: float) -> None:
-    shown = "".join(f"  val {name} {result['val'][name]:.4f}" for name in ("auroc", "auprc")) if "val" in result else ""
+    metrics = unit.recipe.shown if "val" in result else ()
+    shown = "".join(f"  val {name} {result['val'][name]:.4f}" for name in metrics)
     left = round((time.monotonic() - began) / done * (total - done))
     print(f"{unit.name} done{shown}  ({done} of {total}, about {left // 60}:{left % 60:02d} left)", flush=True)
 

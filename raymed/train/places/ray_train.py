@@ -314,7 +314,7 @@ def _worker(config: dict) -> str:
     unit, desk, context = config["unit"], config["desk"], ray.get_runtime_context()
     ray.get(desk.arrive.remote(context.get_node_id(), context.current_actor))
     asked = desk.asked.remote()  # has a value when the driver asks, and an error when it is gone
-    show = show_progress(unit.name)
+    show = show_progress(unit.name, unit.recipe.shown)
     with _alone(unit.folder) if rank() == 0 else ExitStack():
         load_in_turn(unit)
         ray.get(desk.ready.remote())  # for hours if need be, which no collective would wait

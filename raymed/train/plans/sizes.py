@@ -30,6 +30,7 @@ import torch
 
 from raymed.tasks.task import Network, Phase
 from raymed.train.engines.deepspeed import BUCKET, KEPT_WHOLE
+from raymed.train.engines.optim import parameter_groups
 
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ class Sizes:
     """A network by its numbers of elements."""
 
     groups: tuple[tuple[int, ...], ...]
-    """Of every trained parameter, in the optimiser's groups: with and without decay."""
+    """Of every trained parameter, in the optimiser's groups."""
     fixed_bytes: int
     """Of parameters that are not trained, and of buffers."""
     moments: int = 0
@@ -135,11 +136,11 @@ def _on_meta(build: Callable[[], T]) -> T:
 
 def _sizes(network: Network) -> Sizes:
     parameters, buffers = list(network.module.parameters()), list(network.module.buffers())
-    trained = [p for p in parameters if p.requires_grad and network.optim is not None]
-    fixed = sum(p.nbytes for p in parameters + buffers) - sum(p.nbytes for p in trained)
-    groups = [tuple(p.numel() for p in trained if (p.ndim >= 2) == decayed) for decayed in (True, False)]
-    groups = tuple(group for group in groups if group)
-    return Sizes(groups, fixed, _moments(network), network.ema is not None)
+    groups = [] if network.optim is None else list(parameter_groups(network).values())
+    fixed = sum(p.nbytes for p in parameters + buffers) - sum(p.nbytes for group in groups for p in group)
+    return Sizes(
+        tuple(tuple(p.numel() for p in group) for group in groups), fixed, _moments(network), network.ema is not None
+    )
 
 
 def _moments(network: Network) -> int:

@@ -17,7 +17,7 @@ from raymed.config import UserError, check_range, config_hash, replace, to_dict,
 from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
 from raymed.storage import Mirror, address, local_folder, lock, resolve_storage, write_atomic
-from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tasks.recipe import Recipe
 from raymed.tracking.outbox import Outbox
 from raymed.train.places.processes import as_launched, driving, follow, launched
 from raymed.train.places.signals import stop_asked
@@ -76,7 +76,7 @@ class Job:
 
     kind: str
     config: Any
-    recipe: ClassifierRecipe
+    recipe: Recipe
     """The config's recipe, with the phantoms drawn where they are asked for."""
     name: str
     storage: Path
@@ -157,7 +157,7 @@ class Job:
         """Whether some training of this run has begun, or gone on, since this process has it."""
         return any(_size(outbox) > size for outbox, size in list(self.children))
 
-    def unit(self, name: str, seed: int, recipe: ClassifierRecipe | None = None, part: Any = "all") -> Unit:
+    def unit(self, name: str, seed: int, recipe: Recipe | None = None, part: Any = "all") -> Unit:
         """A training that belongs to this run, in a folder of that name; the tracker follows it."""
         unit = Unit(
             recipe=recipe or self.recipe,
@@ -229,7 +229,7 @@ def open_job(kind: str, config: Any) -> Iterator[Job]:
     name = _name(kind, config, repeat)
     folder = storage / "runs" / name
     recipe = _with_phantoms(config.recipe, storage)
-    data = load_data(recipe.data, local_folder(storage, "cache"))
+    data = load_data(recipe, local_folder(storage, "cache"))
     notes = repeat.check_data(data) if repeat else []
     with ExitStack() as stack:
         stack.enter_context(lock(folder / "lock"))
@@ -326,18 +326,14 @@ def _close_runs(job: Job, status: Any) -> None:
             outbox.close(status)
 
 
-def _with_phantoms(recipe: ClassifierRecipe, storage: Path) -> ClassifierRecipe:
-    """manifest = "phantoms" becomes the manifest of HSG phantoms drawn into the storage."""
+def _with_phantoms(recipe: Recipe, storage: Path) -> Recipe:
+    """manifest = "phantoms" becomes the manifest of phantoms drawn into the storage."""
     if recipe.data.manifest != "phantoms":
         return recipe
-    from raymed.data.phantoms import write_hsg
-
-    manifest = write_hsg(storage / "phantoms" / "hsg-64", size=64)
+    manifest, changes = recipe.phantoms(storage / "phantoms")
     if mirror := Mirror.of(manifest.parent):  # other nodes read them there
         mirror.push()
-    positive = recipe.data.positive or "occluded"
-    changes = {"data.manifest": address(manifest), "data.positive": positive, "data.deidentified": True}
-    return replace(recipe, changes)
+    return replace(recipe, changes | {"data.manifest": address(manifest)})
 
 
 def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:

@@ -32,6 +32,7 @@ import pandas as pd
 
 from raymed.config import UserError, flatten, from_dict, replace
 from raymed.data.cache import decode
+from raymed.data.captions import CaptionConfig, raw_captions
 from raymed.data.dataset import DataSet
 from raymed.data.locations import Location, as_location, below, ending, folder_of
 from raymed.data.manifest import DataConfig, read_manifest, read_table
@@ -156,7 +157,7 @@ def _derive(data: DataConfig, record: Record, storage: Path) -> tuple[DataConfig
     wanted, found = match(theirs, here)
     if not wanted:
         raise UserError(_nothing_in_common(record, len(table)))
-    raw = read_table(as_location(data.manifest))
+    raw = raw_captions(data)[0] if isinstance(data, CaptionConfig) else read_table(as_location(data.manifest))
     taken = raw.iloc[here.loc[found, "row"].to_numpy() - 1].set_axis(theirs.loc[wanted, "row"], axis=0)
     taken["split"] = theirs.loc[wanted, "split"].tolist()
     derived = taken.reindex(range(1, max(record.data["row"]) + 1), fill_value="")
@@ -167,6 +168,8 @@ def _derive(data: DataConfig, record: Record, storage: Path) -> tuple[DataConfig
     push_file(path)
     problem = "skip" if len(taken) < len(derived) else data.on_problem
     data = dataclasses.replace(data, manifest=str(path), split="split", on_problem=problem)
+    if isinstance(data, CaptionConfig):  # whatever it was, it is a table now
+        data = dataclasses.replace(data, layout="table")
     return data, here["row"].drop(found).tolist()
 
 

@@ -89,7 +89,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[list[Path], dict[str, Any]
     image = data.batch(rows).unit_image()
     with torch.no_grad():
         if classifier.encoder.maps(preprocess.normalise(image[:1])).ndim != 4:
-            print(f"no heat maps: {unit.recipe.model.backbone} has tokens in place of feature maps")
+            print("no heat maps: the encoder has tokens in place of feature maps")
             return [], {}
     cams = torch.cat([grad_cam(classifier.encoder, classifier.head, preprocess.normalise(x)) for x in image.split(64)])
     sides = None if data.sides is None else data.sides[rows]

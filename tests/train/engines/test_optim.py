@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from raymed.config import UserError
-from raymed.tasks.task import Optim
+from raymed.tasks.task import Network, Optim
 from raymed.train.engines.optim import build_optimizer, clip_gradients, schedule, set_schedule, total_norm
 
 
@@ -51,7 +51,7 @@ def test_constant_stays_up():
 def test_biases_and_norms_are_not_decayed():
     module = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Linear(2, 3))
     module[2].weight.requires_grad_(False)
-    decayed, plain = build_optimizer(module, Optim(weight_decay=0.3)).param_groups
+    decayed, plain = build_optimizer(Network(module, Optim(weight_decay=0.3))).param_groups
     assert [id(p) for p in decayed["params"]] == [id(module[0].weight)] and decayed["weight_decay"] == 0.3
     assert len(plain["params"]) == 4 and plain["weight_decay"] == 0.0
 
@@ -59,7 +59,7 @@ def test_biases_and_norms_are_not_decayed():
 def test_adamw_step_by_its_formula():
     module = nn.Linear(3, 2)
     before = module.weight.detach().clone()
-    optimizer = build_optimizer(module, Optim(lr=0.1, weight_decay=0.5, momentum=0.8))
+    optimizer = build_optimizer(Network(module, Optim(lr=0.1, weight_decay=0.5, momentum=0.8)))
     grad = torch.tensor([[1.0, -2.0, 3.0], [0.5, 0.1, -4.0]])
     module.weight.grad, module.bias.grad = grad.clone(), torch.zeros(2)
     set_schedule(optimizer, 0.02, 0.7)
@@ -73,7 +73,7 @@ def test_adamw_step_by_its_formula():
 
 def test_sgd_is_nesterov_momentum_with_the_momentum_of_the_step():
     module = nn.Linear(4, 1, bias=False)
-    optimizer = build_optimizer(module, Optim("sgd", lr=0.1, weight_decay=0.25, momentum=0.9))
+    optimizer = build_optimizer(Network(module, Optim("sgd", lr=0.1, weight_decay=0.25, momentum=0.9)))
     weight, velocity = module.weight.detach().double().clone(), None
     for k, (lr, momentum) in enumerate([(0.1, 0.9), (0.2, 0.5), (0.05, 0.8)]):
         grad = torch.arange(4.0).view(1, 4) - k
@@ -88,7 +88,7 @@ def test_sgd_is_nesterov_momentum_with_the_momentum_of_the_step():
 
 def test_momentum_zero_is_plain_sgd():
     module = nn.Linear(2, 1, bias=False)
-    optimizer = build_optimizer(module, Optim("sgd", momentum=0.0, weight_decay=0.0))
+    optimizer = build_optimizer(Network(module, Optim("sgd", momentum=0.0, weight_decay=0.0)))
     before = module.weight.detach().clone()
     module.weight.grad = torch.ones(1, 2)
     set_schedule(optimizer, 0.5, 0.0)
@@ -124,3 +124,17 @@ def test_clipping_scales_all_gradients_together_and_leaves_small_ones():
 def test_bad_values_are_named(field, value, message):
     with pytest.raises(UserError, match=message.replace("(", r"\(")):
         Optim(**{field: value})
+
+
+def test_learning_rates_of_their_own():
+    """A layer at a tenth of the rate moves a tenth as far; state and names do not depend on the groups."""
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = [p.detach().clone() for p in module.parameters()]
+    optimizer = build_optimizer(Network(module, Optim(weight_decay=0.0), lr_scales={"0.weight": 0.1, "0.bias": 0.1}))
+    assert [len(group["params"]) for group in optimizer.param_groups] == [1, 1, 1, 1]
+    for p in module.parameters():
+        p.grad = torch.ones_like(p)
+    set_schedule(optimizer, 0.5, 0.9)
+    optimizer.step()
+    moved = [(old - p.detach()).abs().max().item() for old, p in zip(before, module.parameters(), strict=True)]
+    assert moved == pytest.approx([0.05, 0.05, 0.5, 0.5], rel=1e-5)

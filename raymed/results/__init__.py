@@ -1,0 +1,1 @@
+"""What trained models can do: figures, page, and the model that leaves."""
