@@ -313,7 +313,7 @@ class Steps:
 def padded_to(context: int) -> Iterator[None]:
     """Within: the texts of a batch go through the tower together, all of them so many tokens long."""
 
-    def together(texts: Texts) -> ByLength:
+    def together(texts: Texts, num: int | None = None) -> ByLength:
         return ByLength((_padded(texts.tokens, context),), torch.arange(len(texts)))
 
     with mock.patch.object(Texts, "by_length", together):
