@@ -30,6 +30,7 @@ bench: install  ## on a machine with nothing else to do
 	$(BIN)/python jobs/bench_train.py
 	$(BIN)/python jobs/bench_workers.py
 	$(BIN)/python jobs/bench_storage.py
+	$(BIN)/python jobs/bench_clip.py
 
 lint: install
 	$(BIN)/ruff check --fix raymed jobs tests
