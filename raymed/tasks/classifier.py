@@ -13,7 +13,7 @@ is a method, and with "supcon_" before it another. Sources: Khosla et al. 2020 (
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -40,15 +40,7 @@ from raymed.tasks.task import Loss, Nets, Network, Optim, Phase, Step, Task
 SUPCON = "supcon_"
 METHODS = tuple(LOSSES) + tuple(SUPCON + name for name in LOSSES)
 
-Losses = dataclasses.make_dataclass(
-    "Losses",
-    [(name, loss, field(default=loss())) for name, loss in LOSSES.items()],
-    frozen=True,
-    namespace={
-        "__doc__": "The hyper-parameters of every loss; a run reads those of its own method.",
-        "__module__": __name__,  # where pickle finds it again
-    },
-)
+Losses = recipe.one_of_each("Losses", LOSSES, __name__)
 
 
 @dataclass(frozen=True)

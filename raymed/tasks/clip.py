@@ -13,7 +13,7 @@ read the same are no negatives of each other. With several micro-batches a step 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
@@ -54,15 +54,7 @@ LARGEST_SCALE = 100.0
 """Of cosines, as in CLIP: a temperature of 0.01."""
 SHUFFLE_SEED = 0
 
-PairLosses = dataclasses.make_dataclass(
-    "PairLosses",
-    [(name, loss, field(default=loss())) for name, loss in PAIR_LOSSES.items()],
-    frozen=True,
-    namespace={
-        "__doc__": "The hyper-parameters of every loss over pairs; a run reads those of its own method.",
-        "__module__": __name__,  # where pickle finds it again
-    },
-)
+PairLosses = recipe.one_of_each("PairLosses", PAIR_LOSSES, __name__)
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ Recipes are frozen dataclasses that derive from `Recipe`. What runs them (`rayme
 system, only this.
 """
 
-from abc import abstractmethod
+import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from raymed.config import check_range
+from raymed.config import UserError, check_range
 from raymed.data.dataset import DataSet, load
 from raymed.data.manifest import DataConfig
 from raymed.metrics.meters import Meter
@@ -82,6 +82,20 @@ class Stage:
         )
 
 
+def one_of_each(name: str, losses: Mapping[str, type], module: str) -> type:
+    """A config with a field for every loss, at its defaults: what a recipe's command line sets. module: the caller's
+    `__name__`, where pickle finds the class again under that name."""
+    return dataclasses.make_dataclass(
+        name,
+        [(key, loss, field(default=loss())) for key, loss in losses.items()],
+        frozen=True,
+        namespace={
+            "__doc__": "The hyper-parameters of every loss; a run reads those of its own method.",
+            "__module__": module,
+        },
+    )
+
+
 class Recipe:
     """Base of all recipes.
 
@@ -100,18 +114,18 @@ class Recipe:
         """The data config with what the recipe's model wants of its input filled in."""
         return self.data
 
-    @abstractmethod
     def phantoms(self, folder: Path) -> tuple[Path, dict[str, Any]]:
         """Draw the digital phantoms that `data.manifest = "phantoms"` stands for into a folder: (their manifest,
         further fields of the recipe that they decide)."""
+        raise UserError(f"{type(self).__name__} has no phantoms: state data.manifest")
 
-    @abstractmethod
     def phases(self, data: Any) -> tuple[Phase, ...]:
         """What is trained, one phase after the other, on a data set that `read` gave."""
+        raise UserError(f"{type(self).__name__} trains nothing")
 
-    @abstractmethod
     def outcome(self, scored: Scored) -> Outcome:
         """What the best checkpoint reached on each split; val is always among them."""
+        raise UserError(f"{type(self).__name__} trains nothing")
 
     # What several trainings may share, and what a sweep tries
 
@@ -127,24 +141,24 @@ class Recipe:
 
     def encoder_phase(self, data: Any) -> Phase:
         """The phase of the shared encoder alone, of two-stage recipes."""
-        raise NotImplementedError
+        raise UserError(f"{type(self).__name__} has no encoder of its own")
 
     @property
-    @abstractmethod
     def stage(self) -> Stage:
         """The last phase's, which a trial of a sweep trains."""
+        raise UserError(f"{type(self).__name__} trains nothing")
 
     @property
-    @abstractmethod
     def label(self) -> str:
         """What is trained, in a word: the method."""
+        raise UserError(f"{type(self).__name__} trains nothing")
 
     @property
-    @abstractmethod
     def space(self) -> Space:
         """Field -> dimension: the search space that the loss brings."""
+        raise UserError(f"{type(self).__name__} trains nothing")
 
     @property
-    @abstractmethod
     def swept(self) -> tuple[str, ...]:
         """Prefixes of the fields that change something in a trial."""
+        raise UserError(f"{type(self).__name__} trains nothing")

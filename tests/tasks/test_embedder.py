@@ -21,24 +21,6 @@ from raymed.tasks.embedder import Embedder, index_data
 from raymed.train.unit import Unit, predictions, train_unit
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return clip_bundle()
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle) -> Embedder:
-    return Embedder.from_bundle(bundle)
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Captioned phantoms, and where they lie."""

@@ -6,37 +6,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clip_bundles import PREPROCESS, TEXTS, clip_bundle, png, some_images
+from clip_bundles import PREPROCESS, TEXTS, png, some_images
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, to_dict
 from raymed.models.encoder import EncoderConfig, build_encoder
 from raymed.models.head import LinearHead
 from raymed.tasks.classifier import Classifier
-from raymed.tasks.embedder import Embedder
 from raymed.tasks.handler import load_handler
 from raymed.tasks.index import Index, write_index
 from raymed.tasks.predictor import Predictor
 
 PROMPTS = {"nodule": ["a nodule", "a round spot"], "clear": ["nothing at all"]}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def bundle() -> Bundle:
-    return clip_bundle()
-
-
-@pytest.fixture(scope="module")
-def embedder(bundle) -> Embedder:
-    return Embedder.from_bundle(bundle)
 
 
 @pytest.fixture(scope="module")
