@@ -29,7 +29,7 @@ from raymed.data.captions import CaptionConfig, CaptionSet, load_captions
 from raymed.data.dataset import Batch, DataSet
 from raymed.data.preprocess import Preprocess
 from raymed.distributed import world_size
-from raymed.losses import PAIR_LOSSES
+from raymed.losses import PAIR_LOSSES, DHNNCELoss, HNNCELoss
 from raymed.metrics.meters import Meter
 from raymed.metrics.retrieval import RetrievalMeter
 from raymed.models.clip import (
@@ -40,6 +40,7 @@ from raymed.models.clip import (
     clip_architecture,
     clip_input,
     clip_licence,
+    has_weights,
     lr_scales,
     merged_state,
 )
@@ -52,6 +53,8 @@ from raymed.tasks.texts import Texts, TextTable, parts_in_a_group
 METHODS = tuple(PAIR_LOSSES)
 LARGEST_SCALE = 100.0
 """Of cosines, as in CLIP: a temperature of 0.01."""
+LARGEST_TUNING_LR = 1e-4
+"""Above it, published weights of which all are trained are soon those of a network that never saw an image."""
 SHUFFLE_SEED = 0
 
 PairLosses = recipe.one_of_each("PairLosses", PAIR_LOSSES, __name__)
@@ -59,9 +62,10 @@ PairLosses = recipe.one_of_each("PairLosses", PAIR_LOSSES, __name__)
 
 @dataclass(frozen=True)
 class ClipStage(recipe.Stage):
-    """How long and how the towers are trained."""
+    """How long and how the towers are trained: a small model from nothing. Published weights want a learning rate of
+    1e-6 to 1e-5."""
 
-    steps: int = 1000
+    steps: int = 400
     optim: Optim = Optim(lr=5e-4, weight_decay=0.1, beta2=0.98, eps=1e-6, schedule="cosine", warmup=0.1)
 
 
@@ -94,7 +98,11 @@ class ClipRecipe(CaptionedData):
     """Captions name sides: images are never mirrored unless asked."""
     method: str = "dhn_nce"
     """info_nce, siglip, dcl, hn_nce or dhn_nce."""
-    losses: PairLosses = PairLosses()  # type: ignore[valid-type]
+    losses: PairLosses = PairLosses(  # type: ignore[valid-type]
+        hn_nce=HNNCELoss(temperature=0.07), dhn_nce=DHNNCELoss(temperature=0.07)
+    )
+    """All at CLIP's temperature. The 0.6 of the DHN-NCE paper was chosen for weights that know images already: from
+    nothing, a tenth of it learns several times faster."""
     learn_temperature: bool = False
     """Whether the temperature is a parameter that starts at the loss's; False = it stays there."""
     stage: ClipStage = ClipStage()  # type: ignore[assignment]
@@ -142,12 +150,7 @@ class ClipRecipe(CaptionedData):
         """One."""
         tokenizer = build_tokenizer(self.model)
         table = TextTable.of(data, tokenizer, SHUFFLE_SEED if self.shuffled_captions else None)
-        if table.truncated:
-            note = (
-                f"{table.truncated} of {len(table.caption)} captions are longer than the model's "
-                f"{tokenizer.context_length} tokens and cut there"
-            )
-            data.notes += [note] if note not in data.notes else []
+        data.notes += [note for note in self._warnings(table, tokenizer.context_length) if note not in data.notes]
         licences = {
             "weights": clip_licence(self.model),
             "data": {"name": self.data.licence, "source": self.data.source},
@@ -166,6 +169,20 @@ class ClipRecipe(CaptionedData):
             licences,
         )
         return (self.stage.phase("clip", task, monitor="mean_recall"),)
+
+    def _warnings(self, table: TextTable, context_length: int) -> list[str]:
+        found = []
+        if table.truncated:
+            num = len(table.caption)
+            found.append(
+                f"{table.truncated} of {num} captions are longer than the model's {context_length} tokens and cut there"
+            )
+        lr = self.stage.optim.lr
+        if lr > LARGEST_TUNING_LR and has_weights(self.model) and not self.model.lora_rank:
+            found.append(
+                f"stage.optim.lr {lr:g} unlearns much of published weights: 1e-6 to 1e-5 is usual, or model.lora_rank 8"
+            )
+        return found
 
     def outcome(self, scored: Scored) -> Outcome:
         """Retrieval over each whole split; the embeddings."""

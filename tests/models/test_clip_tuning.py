@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from tiny_biomedclip import write_tiny_biomedclip
+from tiny_clip import write_tiny_clip
 from torch import Tensor, nn
 
 from raymed.config import UserError
@@ -27,10 +28,15 @@ def biomedclip(tmp_path_factory):
     return f"local-dir:{write_tiny_biomedclip(tmp_path_factory.mktemp('tuning') / 'biomedclip')}"
 
 
-@pytest.fixture(params=["small", "biomedclip"])
-def name(request, biomedclip):
+@pytest.fixture(scope="module")
+def own_towers(tmp_path_factory):
+    return f"local-dir:{write_tiny_clip(tmp_path_factory.mktemp('tuning') / 'own')}"
+
+
+@pytest.fixture(params=["own towers", "biomedclip"])
+def name(request, own_towers, biomedclip):
     """open_clip's own towers with nn.MultiheadAttention; timm's and BERT."""
-    return "small" if request.param == "small" else biomedclip
+    return own_towers if request.param == "own towers" else biomedclip
 
 
 def build(name: str, seed: int = 0, **fields) -> Clip:
@@ -104,14 +110,24 @@ def test_more_unlocked_than_there_is(name):
         build(name, lock_image=True, image_unlocked_groups=9)
 
 
-def test_depths_of_open_clips_own_towers():
-    clip = build("small")
+def test_depths_of_open_clips_own_towers(own_towers):
+    clip = build(own_towers)
     image, text = depths(clip.visual), depths(clip.text)
     assert image["conv1.weight"] == image["class_embedding"] == image["positional_embedding"] == 0
     assert image["transformer.resblocks.0.attn.in_proj_weight"] == 1 and image["ln_pre.weight"] == 0
     assert image["transformer.resblocks.5.mlp.c_fc.bias"] == image["ln_post.weight"] == 6 and image["proj"] == 7
     assert text["token_embedding.weight"] == text["positional_embedding"] == 0
     assert text["transformer.resblocks.3.ln_1.weight"] == text["ln_final.bias"] == 4 and text["text_projection"] == 5
+
+
+def test_small_can_be_unlocked_from_its_last_stage_on():
+    clip = build("small", lock_image=True, image_unlocked_groups=2)
+    trained = {n for n, p in clip.visual.named_parameters() if p.requires_grad}
+    assert "head.proj.weight" in trained and {n.rsplit(".", 2)[0] for n in trained - {"head.proj.weight"}} == {
+        "trunk.layer4.0", "trunk.layer4.0.downsample"
+    }  # fmt: skip
+    with pytest.raises(UserError, match="model.image_unlocked_groups must be <= 6 .*its 4 blocks and .* got 9"):
+        build("small", lock_image=True, image_unlocked_groups=9)
 
 
 @pytest.mark.parametrize("architecture, blocks", [("RN50", 4), ("convnext_base", 4), ("ViT-B-16-SigLIP", 12)])
@@ -136,7 +152,7 @@ def test_learning_rates_decay_from_the_top(name):
     scales = lr_scales(clip, ClipConfig(name, layer_decay=0.5))
     assert scales.keys() == dict(clip.named_parameters()).keys()
     assert scales["log_scale"] == scales["bias"] == 1.0
-    if name == "small":
+    if name.endswith("own"):
         assert scales["visual.proj"] == scales["text.text_projection"] == 1.0
         assert scales["visual.conv1.weight"] == 0.5**7 and scales["text.token_embedding.weight"] == 0.5**5
         assert scales["text.transformer.resblocks.3.ln_1.weight"] == 0.5

@@ -52,7 +52,7 @@ def clip_recipe(manifest: Path, **changes) -> ClipRecipe:
             caption=("caption", "caption_2"),
             findings="findings",
             deidentified=True,
-            preprocess=Preprocess(size=16),
+            preprocess=Preprocess(size=32),
         ),
         augment=Augment(flip=0.0),
         stage=ClipStage(steps=4, batch_size=12, evaluations=2, optim=optim),

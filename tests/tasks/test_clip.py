@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from captioned_images import clip_recipe, load_captioned, write_captioned_images
+from tiny_clip import write_tiny_clip
 
 from raymed.config import UserError, from_dict, replace, to_dict
 from raymed.data.preprocess import Preprocess
@@ -219,7 +220,20 @@ def test_what_leaves_gives_the_same_embeddings(recipe, data):
         text = F.normalize(clip.encode_text(tokenizer([data.captions[i][0] for i in data.splits["test"]])[0]), dim=1)
     torch.testing.assert_close(image, expected["image"], rtol=0, atol=1e-6)
     torch.testing.assert_close(text, expected["text"], rtol=0, atol=1e-6)
-    assert bundle.model["temperature"] == pytest.approx(0.6) and bundle.classes["names"] == ["bright", "dark"]
+    assert bundle.model["temperature"] == pytest.approx(0.07) and bundle.classes["names"] == ["bright", "dark"]
+
+
+def test_a_learning_rate_that_unlearns_published_weights_is_told(recipe, data, tmp_path):
+    def notes(**changes) -> list[str]:
+        told = dataclasses.replace(data, notes=[])
+        replace(recipe, {name.replace("__", "."): value for name, value in changes.items()}).phases(told)
+        return [note for note in told.notes if "stage.optim.lr" in note]
+
+    tuned = f"local-dir:{write_tiny_clip(tmp_path / 'tiny')}"
+    (note,) = notes(model__name=tuned, stage__optim__lr=1e-3)
+    assert note.startswith("stage.optim.lr 0.001 unlearns much of published weights: 1e-6 to 1e-5 is usual")
+    assert not notes(model__name=tuned, stage__optim__lr=1e-5) and not notes(stage__optim__lr=1e-3)
+    assert not notes(model__name=tuned, model__lora_rank=4, stage__optim__lr=1e-3)
 
 
 def fit_of(recipe, data, folder) -> Fit:
@@ -266,7 +280,7 @@ def test_a_checkpoints_images_are_taken_as_it_was_trained_unless_stated(manifest
     )
     recipe = clip_recipe(manifest, data__preprocess__size=None)
     assert recipe.resolved_data.preprocess == Preprocess(224, channels=3, mean=(0.5,) * 3, std=(0.2,) * 3)
-    assert clip_recipe(manifest).resolved_data.preprocess.size == 16  # stated
+    assert clip_recipe(manifest).resolved_data.preprocess.size == 32  # stated
 
 
 def test_recipes_come_back_from_json(recipe):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from small import join_group
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tasks"))
+sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tasks", "models")]
 from captioned_images import clip_recipe, load_captioned, write_captioned_images  # noqa: E402
+from tiny_clip import write_tiny_clip  # noqa: E402
 
 from raymed.config import replace  # noqa: E402
 from raymed.distributed import leave_group  # noqa: E402
@@ -33,7 +34,7 @@ def train(manifest: Path, folder: Path, run: str) -> None:
     """A run ENGINE-METHOD in a folder."""
     engine, method = run.split("-")
     changes = {"method": method, "learn_temperature": True, "stage.accumulate": 2, "stage.evaluations": 1}
-    recipe = replace(clip_recipe(manifest), changes)
+    recipe = replace(clip_recipe(manifest), changes | {"model.name": f"local-dir:{manifest.parent / 'tiny'}"})
     data = load_captioned(recipe)
     list(Fit(recipe.phases(data), data, folder / run, 3, COMPUTES[engine]).run())
 
@@ -55,6 +56,7 @@ def weights(folder: Path, run: str) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory):
     manifest = write_captioned_images(tmp_path_factory.mktemp("captioned"))
+    write_tiny_clip(manifest.parent / "tiny")
     load_captioned(clip_recipe(manifest))  # decoded once, not by two workers at a time
     return manifest
 
@@ -82,4 +84,6 @@ def test_weights_are_those_of_one_process(alone, together):
     for run in RUNS[world]:
         expected, found = weights(alone, f"torch-{run.split('-')[1]}"), weights(folder, run)
         for name, value in expected.items():
-            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=2e-6, msg=f"{run}: {name}")
+            torch.testing.assert_close(
+                found[name], value, rtol=1e-5, atol=2e-6, msg=lambda found, at=f"{run}: {name}": f"{at}: {found}"
+            )
