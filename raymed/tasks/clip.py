@@ -65,7 +65,7 @@ class ClipStage(recipe.Stage):
     """How long and how the towers are trained: a small model from nothing. Published weights want a learning rate of
     1e-6 to 1e-5."""
 
-    steps: int = 400
+    steps: int = 300
     optim: Optim = Optim(lr=5e-4, weight_decay=0.1, beta2=0.98, eps=1e-6, schedule="cosine", warmup=0.1)
 
 
