@@ -37,7 +37,7 @@ class TuneDhnNce:
     recipe: Annotated[ClipRecipe, tyro.conf.arg(name="")] = ClipRecipe()
     compared: tuple[str, ...] = ("info_nce", "dcl", "hn_nce", "dhn_nce")
     """Losses, each with a search of its own; the first is what all others are judged against."""
-    sweep: SweepConfig = SweepConfig(num_trials=10, metric="mean_recall", grace=5, reduction=2)
+    sweep: SweepConfig = SweepConfig(num_trials=20, metric="mean_recall", grace=5, reduction=2)
     seeds: tuple[int, ...] = (2023,)
     """Of the searches: every trial is trained with each of them, and scored by the mean."""
     finals: FinalSeeds = FinalSeeds()
