@@ -82,7 +82,7 @@ class Clip(nn.Module):
         self._cuttable = not own or _reads_only_backwards(self.text)
         if own:
             self.text.transformer.register_forward_pre_hook(_cut_mask, with_kwargs=True)
-        if size is not None and hasattr(self.visual, "set_input_size"):
+        if size is not None and hasattr(getattr(self.visual, "trunk", self.visual), "set_input_size"):
             self.visual.set_input_size(size)
 
     def forward(self, image: Tensor, *tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

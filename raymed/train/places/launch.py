@@ -148,14 +148,16 @@ def _measure(unit: Unit, threads: int | None) -> list[tuple[Phase, StepCost]]:
 
 
 def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]]) -> int:
-    """How many of them run side by side. Raises UserError where the memory of no node suffices for one."""
+    """How many of them run side by side: those on several workers take turns. Raises UserError where the memory of no
+    node suffices for one."""
     import ray
 
     if not ray.is_initialized():
         return 1
     memory = max(cost.peak_bytes if cost.device == "cpu" else 0 for _, cost in costs)
     cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
-    return require(cpus, gpus, memory=memory, at_most=len(units), advice=ADVICE)
+    most = len(units) if units[0].compute.workers == 1 else 1
+    return require(cpus, gpus, memory=memory, at_most=most, advice=ADVICE)
 
 
 def _kind(unit: Unit) -> str:
