@@ -2,6 +2,8 @@
 
 python jobs/train_classifier.py                                      # digital HSG phantoms
 python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --method asl
+python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --preview     # the data, as a page
+python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --cv 5x3      # few cases
 """
 
 from dataclasses import dataclass
@@ -10,6 +12,9 @@ from typing import Annotated
 
 import tyro
 
+from raymed.data.folds import CrossValidation
+from raymed.results.folds import fold_units, report_folds
+from raymed.results.trained import write_evaluation
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.compute import Compute
 from raymed.train.places.launch import run_one_by_one
@@ -24,6 +29,9 @@ class TrainClassifier:
     recipe: Annotated[ClassifierRecipe, tyro.conf.arg(name="")] = ClassifierRecipe()
     seeds: tuple[int, ...] = (2023,)
     """Trainings that differ in their randomness only."""
+    cv: str = ""
+    """Cross-validation in place of the data's splits: FOLDSxREPEATS, such as 5x3; patients stay whole. Every case is
+    scored by networks that have not seen it."""
     compute: Compute = Compute()
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
 
@@ -36,9 +44,14 @@ def recipe() -> TrainClassifier:
 def train(config: TrainClassifier) -> Path:
     """Train each seed and report."""
     with open_job("train_classifier", config) as job:
+        if config.cv:
+            units = fold_units(job, CrossValidation.parse(config.cv), config.seeds)
+            run_one_by_one(job, units)
+            return report_folds(job, units)
         units = [job.unit(f"seed-{seed}", seed) for seed in config.seeds]
         run_one_by_one(job, units)
-        return report(job, {config.recipe.method: units})
+        page = write_evaluation(job, units)
+        return report(job, {config.recipe.method: units}, pages={"evaluation": page} if page else {})
 
 
 if __name__ == "__main__":

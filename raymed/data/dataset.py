@@ -20,6 +20,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data import splits
 from raymed.data.cache import Decoded, decode
+from raymed.data.locations import as_location
 from raymed.data.manifest import SPLITS, DataConfig, Manifest, read_manifest
 from raymed.data.preprocess import Preprocess
 from raymed.data.problems import Problem, rows_text, settle
@@ -69,10 +70,13 @@ class DataSet:
     classes: names of all classes. positive: the one to be found; "" where there are no labels, and then all images have
     one class and the label 0. labels: (N,) int64, 1 = positive. class_codes: (N,) int64, index into classes. patients:
     (N,) int64 codes; without patients in the manifest, every image counts as one (has_patients False). cases: codes,
-    views and sides: text, or None. rows: (N,) int64 row numbers in the manifest, from 1, ascending. splits: train, val,
-    test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits; masks and boxes do not count, since
-    nothing is trained or scored with them. preprocess: with size, mean and std filled in. notes: what the user is to
-    know, one line each.
+    views: text, or None. sides: of the patient, text, or None. seen_sides: where in the picture those are, "left",
+    "right", or something else where that is not known; None without sides. groups: name of a column -> (N,) text, of
+    `DataConfig.groups`, those there are.
+    readers: the same of `DataConfig.readers`. rows: (N,) int64 row numbers in the manifest, from 1, ascending.
+    splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits; masks and boxes do
+    not count, since nothing is trained or scored with them. preprocess: with size, mean and std filled in. notes: what
+    the user is to know, one line each.
     """
 
     classes: tuple[str, ...]
@@ -96,6 +100,9 @@ class DataSet:
     """(N,) rows of the array at pixels_path."""
     content: np.ndarray
     """(N,) uint64, the first half of a hash of each image's pixels: tells images apart across manifests."""
+    seen_sides: np.ndarray | None = None
+    groups: dict[str, np.ndarray] = field(default_factory=dict)
+    readers: dict[str, np.ndarray] = field(default_factory=dict)
     regions_path: Path | None = None
     """Where masks and boxes are written down, in the order of the array; None where the manifest has neither."""
 
@@ -180,10 +187,12 @@ def assemble(
     config: DataConfig,
     cache_dir: Path,
     choose: Callable[[pd.DataFrame], pd.DataFrame] = lambda table: table,
+    divide: Callable[[pd.DataFrame, str, DataConfig, list[str]], pd.DataFrame] | None = None,
 ) -> tuple[DataSet, pd.DataFrame]:
     """Decode and split what a manifest names: the data set, and its table.
 
     Args:
+        divide: (table, positive, config, notes) -> the table with its column `split`; None = by the config.
         choose: which of the decoded rows are to be divided among the splits, by their hash in the column `pixels`; a
             column `stratum` tells what to divide in proportion, instead of the label.
 
@@ -191,6 +200,7 @@ def assemble(
         UserError: as `load`.
     """
     table, notes = manifest.table, manifest.notes
+    divide = divide or _split_of_config
     if "split" in table and "patient" in table:
         problems = splits.crossing(table, "patient", "patient in a later split too")
         advice = ", split afresh by patient (--data.split '')"
@@ -200,10 +210,23 @@ def assemble(
     regions_path, misplaced = _regions(table, decoded, cache_dir)
     advice = ", leave the column unused (--data.mask '' or --data.box '')" * bool(misplaced)
     table = settle(table, [*_unreadable(table, decoded), *misplaced], config.on_problem, notes, advice)
-    table = _split(choose(table), manifest.positive, config, notes)
-    splits.check_filled(table, manifest.positive)
+    table = divide(choose(table), manifest.positive, config, notes)
     notes += splits.duplicate_notes(table)
     return _data_set(table, manifest, config.preprocess, decoded, regions_path), table
+
+
+def load_external(config: DataConfig, cache_dir: Path) -> DataSet:
+    """An external test set: every usable image is in the split test, and nothing is ever learned of it.
+
+    A column with splits is not looked at. Raises UserError as `load` does, less what is about splits.
+    """
+
+    def all_test(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
+        _note_patients(table.assign(split="test"), notes)
+        return table.assign(split="test")
+
+    config = replace(config, split="")
+    return assemble(read_manifest(config), config, cache_dir, divide=all_test)[0]
 
 
 def _unreadable(table: pd.DataFrame, decoded: Decoded) -> list[Problem]:
@@ -224,14 +247,20 @@ def _regions(table: pd.DataFrame, decoded: Decoded, cache_dir: Path) -> tuple[Pa
     return path, [Problem(rows[i], "unusable mask or box", why) for i, why in problems.items()]
 
 
+def _split_of_config(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
+    table = _split(table, positive, config, notes)
+    splits.check_filled(table, positive)
+    return table
+
+
 def _split(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
     """The table with its column `split`: the given one without duplicates across it, or a new one."""
     _note_patients(table, notes)
     if "split" not in table:
-        fractions = (1 - config.val_fraction - config.test_fraction, config.val_fraction, config.test_fraction)
-        return table.assign(split=_assigned(table, positive, fractions, config.split_seed))
-    across = splits.crossing(table, "pixels", "exact duplicate of an image in a later split")
-    table = settle(table, across, "skip", notes)
+        return _without_crossing(_divided(table, positive, config, notes), notes)
+    if config.split_file or config.split_how != "random":
+        notes.append("the manifest has a column split: data.split_file and data.split_how have no effect")
+    table = _without_crossing(table, notes)
     present = set(table["split"])
     if "val" in present or "train" not in present:
         return table
@@ -240,6 +269,23 @@ def _split(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[s
     fractions = (1 - config.val_fraction, config.val_fraction, 0)
     table.loc[train, "split"] = _assigned(table.loc[train, :], positive, fractions, config.split_seed)
     return table
+
+
+def _divided(table: pd.DataFrame, positive: str, config: DataConfig, notes: list[str]) -> pd.DataFrame:
+    """The table with a split by the config's rule; patients whom its file knows stay where they were."""
+    from raymed.data.split_file import SplitRule, divide, unplaced
+
+    fractions = config.val_fraction, config.test_fraction
+    rule = SplitRule(config.split_how, *fractions, config.split_seed, config.test_from, config.test_sites)
+    names = {"group year": "year", "group site": "site"}
+    table = settle(table, unplaced(table.rename(columns=names), rule), config.on_problem, notes)
+    path = as_location(config.split_file) if config.split_file else None
+    return table.assign(split=divide(table.rename(columns=names), positive, rule, notes, path))
+
+
+def _without_crossing(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    across = splits.crossing(table, "pixels", "exact duplicate of an image in a later split")
+    return settle(table, across, "skip", notes)
 
 
 def _assigned(table: pd.DataFrame, positive: str, fractions: tuple[float, float, float], seed: int) -> list[str]:
@@ -283,6 +329,9 @@ def _data_set(
         pixels_path=decoded.path,
         positions=table["position"].to_numpy(np.int64),
         content=np.array([int(found[:16], 16) for found in table["pixels"]], np.uint64),
+        seen_sides=_seen_sides(table) if "side" in table else None,
+        groups=_texts(table, "group "),
+        readers=_texts(table, "reader "),
         regions_path=regions_path,
     )
     if data.measured:
@@ -296,6 +345,20 @@ def _codes(table: pd.DataFrame, column: str) -> np.ndarray:
     own = "row " + table["row"].astype(str)
     keys = pd.Series(list(zip(names, own.where(names == "", ""), strict=True)))
     return pd.factorize(keys)[0].astype(np.int64)
+
+
+def _seen_sides(table: pd.DataFrame) -> np.ndarray:
+    """Where in the picture the side lies: as the column says, or at the edge that `right` names for the patient's."""
+    if "right" not in table:
+        return table["side"].to_numpy(str)
+    edges = ("left", "right")
+    seen = {(side, right): right if side == "right" else edges[right == "left"] for side in edges for right in edges}
+    return np.array([seen.get(pair, "") for pair in zip(table["side"].str.casefold(), table["right"], strict=True)])
+
+
+def _texts(table: pd.DataFrame, prefix: str) -> dict[str, np.ndarray]:
+    """The columns whose names begin so, as text, by the rest of their names."""
+    return {str(name).removeprefix(prefix): table[name].to_numpy(str) for name in table if str(name).startswith(prefix)}
 
 
 def _fingerprint(table: pd.DataFrame) -> str:

@@ -29,8 +29,8 @@ SPLITS = ("train", "val", "test")
 _SPLIT_NAMES = {"train": "train", "training": "train", "test": "test", "testing": "test"} | dict.fromkeys(
     ("val", "valid", "validation", "dev"), "val"
 )
-_OPTIONAL = ("patient", "case", "view", "side", "frame", "split", "mask", "box")
-_OTHER_NAMES = {"patient": ("patientid",), "box": ("boxes",)}
+_OPTIONAL = ("patient", "case", "view", "side", "frame", "split", "mask", "box", "blank", "right")
+_OTHER_NAMES = {"patient": ("patientid",), "box": ("boxes",), "blank": ("blankboxes",)}
 _PICTURE = re.compile(r"\.(png|jpe?g|tiff?|bmp|dcm|dicom|nii(\.gz)?)$", re.IGNORECASE)
 
 
@@ -67,6 +67,16 @@ class DataConfig:
     """Column with boxes around the finding, used where there is no mask: "x0 y0 x1 y1" in pixels of the image, from its
     top left corner, several separated by ";"; an empty cell = none; None = a column called box or boxes; "" = not
     used."""
+    blank: str | None = None
+    """Column with boxes, written as those of `box`, that are painted black before anything sees the image: names that
+    are burned into it; None = a column called blank or blank_boxes; "" = not used."""
+    right: str | None = None
+    """Column that says at which edge of the picture, "left" or "right", the patient's right side is: then `side` is the
+    patient's; None = a column of that name; "" = not used, and `side` is that of the picture."""
+    groups: tuple[str, ...] = ("site", "scanner", "year", "age", "sex")
+    """Columns that are kept, where there are such, for figures by subgroup; what they hold is not looked at."""
+    readers: str = "label_reader"
+    """Columns whose names begin so hold what single readers said, as `label` does."""
     positive: str | None = None
     """The class to be found, against all others. It must be stated."""
     classes: tuple[str, ...] = ()
@@ -79,6 +89,16 @@ class DataConfig:
     """Part of the images for the final test, where no split is given."""
     split_seed: int = 0
     """Another number gives another split."""
+    split_how: Literal["random", "by_time", "by_site"] = "random"
+    """Where no split is given: whole patients at random; or the test set is the latest years, by the column year; or
+    the named sites, by the column site."""
+    test_from: str = ""
+    """by_time: the year or date from which on studies are the test set; "" = chosen by test_fraction."""
+    test_sites: tuple[str, ...] = ()
+    """by_site: the sites that are the test set."""
+    split_file: str | None = None
+    """A file that keeps who is in which split (JSON, s3:// too), written where there is none: when the manifest grows,
+    everybody stays and only new patients are divided."""
     deidentified: bool = False
     """The images are known to show nobody's identity, and may be logged."""
     modality: str = "not stated"
@@ -98,6 +118,7 @@ class DataConfig:
         held_out = self.val_fraction + self.test_fraction
         check_range("data.val_fraction + data.test_fraction", held_out, high=1, high_open=True)
         check_choice("data.on_problem", self.on_problem, ("error", "skip"))
+        check_choice("data.split_how", self.split_how, ("random", "by_time", "by_site"))
         if len(set(self.classes)) != len(self.classes):
             raise UserError(f"data.classes names a class twice: {', '.join(self.classes)}")
 
@@ -108,7 +129,8 @@ class Manifest:
 
     table: row (from 1), image (as in the file), source (`readers.Source`), label (name of the class); of patient, case,
     view, side, split (train, val, test), mask (`readers.ImageFile` or None), box (a tuple of boxes, see
-    `regions.parse_boxes`) those there are. classes: in the order of `DataConfig.classes`, else sorted.
+    `regions.parse_boxes`) those there are; "group NAME" and "reader NAME": text, of `DataConfig.groups` and `readers`.
+    classes: in the order of `DataConfig.classes`, else sorted.
     positive: "" where there are no labels, and then all have one class. notes: what the user is to know.
     """
 
@@ -252,6 +274,8 @@ def _map_columns(
                 notes.append(f"{field}: column {found!r}, by its name (--data.{field} '' to leave it unused)")
     if "mask" in columns and "box" in columns:
         notes.append("box has no effect where there is a mask")
+    columns |= {f"group {name}": name for name in config.groups if name in raw}
+    columns |= {f"reader {name}": name for name in raw if config.readers and name.startswith(config.readers)}
     table = pd.DataFrame({field: raw[name] for field, name in columns.items()})
     table["row"] = range(1, len(table) + 1)
     return table
@@ -289,10 +313,14 @@ def _cell_problems(table: pd.DataFrame, names: tuple[str, ...], config: DataConf
         for row, frame in zip(table["row"], table["frame"], strict=True):
             if frame and not (frame.isdecimal() and int(frame) >= 1):
                 yield Problem(row, "no frame number", f"the frame {frame!r} is no whole number from 1")
-    if "box" in table:
-        for row, text in zip(table["row"], table["box"], strict=True):
+    if "right" in table:
+        for row, edge in zip(table["row"], table["right"], strict=True):
+            if edge not in ("", "left", "right"):
+                yield Problem(row, "no edge", f"the edge {edge!r} of the patient's right is not left, right or empty")
+    for field in {"box", "blank"} & set(table.columns):
+        for row, text in zip(table["row"], table[field], strict=True):
             if parse_boxes(text) is None:
-                yield Problem(row, "no box", f"the box {text!r} is not {BOX_FORMAT}")
+                yield Problem(row, "no box", f"the {field} {text!r} is not {BOX_FORMAT}")
 
 
 def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
@@ -305,8 +333,12 @@ def _split_problems(table: pd.DataFrame) -> Iterator[Problem]:
 
 def _files(table: pd.DataFrame, column: str, root: Location) -> list[ImageFile | None]:
     frames = table["frame"] if "frame" in table else [""] * len(table)
-    names = zip(table[column], frames, strict=True)
-    return [ImageFile(below(root, name), int(frame) if frame else None) if name else None for name, frame in names]
+    # What is blank in an image says nothing about its mask.
+    blank = table["blank"] if column == "image" and "blank" in table else [""] * len(table)
+    return [
+        ImageFile(below(root, name), int(frame) if frame else None, parse_boxes(boxes) or ()) if name else None
+        for name, frame, boxes in zip(table[column], frames, blank, strict=True)
+    ]
 
 
 def _normal_form(table: pd.DataFrame, root: Location, sources: Sequence[Source] | None) -> pd.DataFrame:

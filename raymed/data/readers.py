@@ -5,8 +5,9 @@ as one `ImageProblem` that says why in plain words.
 """
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -53,18 +54,22 @@ class ImageFile:
 
     path: Location
     frame: int | None = None
+    blank: tuple[tuple[float, float, float, float], ...] = ()
+    """Boxes (x0, y0, x1, y1 in pixels) that are painted black: names that are burned into the picture."""
 
     def identity(self) -> tuple[str | int | None, ...]:
-        """Path and frame."""
-        return str(self.path), self.frame
+        """Path, frame and, where there are some, the blank boxes."""
+        boxes = (";".join(" ".join(f"{x:g}" for x in box) for box in self.blank),) if self.blank else ()
+        return str(self.path), self.frame, *boxes
 
     def at(self, path: Path) -> "ImageFile":
         """The same image in a copy of its file."""
-        return ImageFile(path, self.frame)
+        return replace(self, path=path)
 
     def read(self, window: Window | None = None) -> np.ndarray:
         """The pixels. Raises ImageProblem; another UserError where a bucket cannot be read."""
-        return read(self.near(), self.frame, window)
+        pixels = read(self.near(), self.frame, window)
+        return check_varies(blanked(pixels, self.blank)) if self.blank else pixels
 
     def near(self) -> Path:
         """The file on this machine. Raises ImageProblem for an object that is not there; another UserError where its
@@ -75,6 +80,14 @@ class ImageFile:
             if exists(self.path):
                 raise
             raise ImageProblem(f"no image at {self.path}") from error
+
+
+def blanked(pixels: np.ndarray, boxes: Sequence[tuple[float, float, float, float]]) -> np.ndarray:
+    """A copy of (H, W) or (H, W, 3) pixels in which every pixel that a box (x0, y0, x1, y1) touches is 0."""
+    found = pixels.copy()
+    for x0, y0, x1, y1 in boxes:
+        found[max(0, math.floor(y0)) : math.ceil(y1), max(0, math.floor(x0)) : math.ceil(x1)] = 0
+    return found
 
 
 def read(path: str | Path, frame: int | None = None, window: Window | None = None) -> np.ndarray:

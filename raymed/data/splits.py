@@ -1,7 +1,7 @@
 """Train, val, test: whole patients on one side, classes in proportion, exact duplicates together."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pandas as pd
@@ -52,33 +52,60 @@ def linked(patients: Sequence[str] | None, hashes: Sequence[str]) -> list[str]:
 
 
 def assign(
-    groups: Sequence[str], labels: Sequence[str], positive: str, fractions: tuple[float, float, float], seed: int
+    groups: Sequence[str],
+    labels: Sequence[str],
+    positive: str,
+    fractions: tuple[float, float, float],
+    seed: int,
+    kept: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """A split for every image: train, val or test, with the given fractions of the images of each class.
-
-    Greedy, like scikit-learn's StratifiedGroupKFold but for unequal fractions: groups go, large ones first, where they
-    raise sum_sc (share of class c in split s)^2 / fraction_s least; it is smallest when each share is its fraction.
-    Ties are broken by a draw from (seed, group). A group that holds the positive class counts as positive, any other
-    as the rarest class it holds, and the first of each kind go to different splits, so that a rare class is in all.
+    """A split for every image: train, val or test, with the given fractions of the images of each class (see `deal`).
 
     Args:
         fractions: of train, val and test; 0 = no such split.
+        kept: group -> the split where it stays.
     """
+    stay = {group: SPLITS.index(split) for group, split in (kept or {}).items()}
+    return [SPLITS[part] for part in deal(groups, labels, positive, fractions, seed, stay)]
+
+
+def deal(
+    groups: Sequence[str],
+    labels: Sequence[str],
+    positive: str,
+    fractions: Sequence[float],
+    seed: int | str,
+    kept: Mapping[str, int] | None = None,
+) -> list[int]:
+    """A part for every image, 0 to P - 1, with the given fractions of the images of each class; groups stay whole.
+
+    Greedy, like scikit-learn's StratifiedGroupKFold but for unequal fractions: groups go, large ones first, where they
+    raise sum_sc (share of class c in part s)^2 / fraction_s least; it is smallest when each share is its fraction.
+    Ties are broken by a draw from (seed, group). A group that holds the positive class counts as positive, any other
+    as the rarest class it holds, and the first of each kind go to different parts, so that a rare class is in all.
+
+    Args:
+        fractions: (P,) of the parts; 0 = nothing goes there.
+        kept: group -> the part where it stays. These go first, so that the others make up for what a part lacks.
+    """
+    kept = kept or {}
     counts = pd.crosstab(np.array(groups), np.array(labels))
     rarest_first = sorted(counts.columns, key=lambda label: (label != positive, counts[label].sum(), label))
     part = (counts[rarest_first] / counts[rarest_first].sum()).to_numpy()  # (G, classes), columns sum to 1
     kind = (part > 0).argmax(axis=1)
-    draw = [hashlib.sha256(f"{seed}/{group}".encode()).hexdigest() for group in counts.index]
-    shares, started = np.zeros((3, part.shape[1])), np.zeros((3, part.shape[1]), bool)
-    side = {}
-    for g in sorted(range(len(part)), key=lambda g: (kind[g], -part[g].sum(), draw[g])):
+    names = counts.index.tolist()
+    draw = [hashlib.sha256(f"{seed}/{group}".encode()).hexdigest() for group in names]
+    shares = np.zeros((len(fractions), part.shape[1]))
+    started = np.zeros(shares.shape, bool)
+    side: dict[str, int] = {}
+    for g in sorted(range(len(part)), key=lambda g: (names[g] not in kept, kind[g], -part[g].sum(), draw[g])):
         rise = (shares + part[g] / 2) @ part[g] / part[g].sum()
         # Rounded: the last bits differ between machines, and would break ties there.
         cost = [(started[s, kind[g]], round(rise[s] / f, 9), s) for s, f in enumerate(fractions) if f]
-        s = min(cost)[2]
+        s = kept.get(names[g], min(cost)[2])
         shares[s] += part[g]
         started[s, kind[g]] = True
-        side[counts.index[g]] = SPLITS[s]
+        side[names[g]] = s
     return [side[group] for group in groups]
 
 
@@ -99,11 +126,12 @@ def check_enough(groups: Sequence[str], labels: Sequence[str], positive: str, sp
             )
 
 
-def check_filled(table: pd.DataFrame, positive: str) -> None:
+def check_filled(table: pd.DataFrame, positive: str, advice: str = "--data.split '' splits afresh") -> None:
     """Raise UserError unless each split has images of the positive class and of others.
 
     Args:
         positive: "" = there are no classes; then images at all.
+        advice: what to do, for the message.
     """
     for split in SPLITS:
         labels = set(table.loc[table["split"] == split, "label"].tolist())
@@ -111,7 +139,7 @@ def check_filled(table: pd.DataFrame, positive: str) -> None:
         missing = f"no image but those of the positive class {positive!r}" if labels == {positive} else missing
         missing = "no image" if not labels else missing
         if missing:
-            raise UserError(f"the split {split} has {missing} (--data.split '' splits afresh)")
+            raise UserError(f"the split {split} has {missing} ({advice})")
 
 
 def duplicate_notes(table: pd.DataFrame) -> list[str]:

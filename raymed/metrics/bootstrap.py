@@ -32,7 +32,7 @@ class Figure(TypedDict):
     ci_low: float
     ci_high: float
     num_patients: int | None  # distinct patients under all seeds; None where the data name none
-    unit: Literal["patient", "image"]  # what was resampled
+    unit: str  # what was resampled: patient, case, image
     num_undefined: int  # resamples left out because the metric is undefined in them, e.g. no positive was drawn
 
 
@@ -40,7 +40,7 @@ def bootstrap_ci(
     statistics: Sequence[Statistic],
     groups: Sequence[np.ndarray],
     *,
-    unit: Literal["patient", "image"] = "patient",
+    unit: str = "patient",
     n_boot: int = 2000,
     seed: int = 0,
     level: float = 0.95,

@@ -99,10 +99,12 @@ def _calibration(calibration: dict[str, Any]) -> str:
         f"{label} {calibration['before'][name]:.3f} -> {calibration['after'][name]:.3f}"
         for name, label in {"nll": "log loss", "brier": "Brier score", "ece": "ECE"}.items()
     )
-    return (
-        f"Probability = sigmoid(logit / {calibration['temperature']:.3g} {calibration['bias']:+.3g}), fitted on the "
-        f"validation split. Out of fold: {change}."
-    )
+    kind = calibration.get("kind", "platt")
+    if kind == "isotonic":
+        formula = f"bends with {len(calibration['logits'])} knots (isotonic regression on the logit)"
+    else:
+        formula = f"= sigmoid(logit / {calibration['temperature']:.3g} {calibration.get('bias', 0.0):+.3g})"
+    return f"Probability {formula}, fitted on the validation split. Out of fold: {change}."
 
 
 def _band(band: dict[str, Any]) -> str:

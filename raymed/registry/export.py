@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,6 +28,8 @@ from torch import Tensor, nn
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, to_json
+from raymed.metrics.calibration import Calibration
+from raymed.metrics.reliability import Calibrator, Isotonic, Temperature
 from raymed.registry.card import metadata, write_card
 from raymed.storage import write_atomic
 from raymed.tasks.predictor import Predictor
@@ -46,14 +48,53 @@ class Graph(nn.Module):
     def __init__(self, predictor: Predictor):
         super().__init__()
         self.network = predictor.network
-        self.temperature, self.bias = predictor.calibration.temperature, predictor.calibration.bias
+        self.calibration = _calibration(predictor.calibration)
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
         """As the module says."""
         logit, *distances = self.network(pixels.to(torch.float32) / torch.iinfo(pixels.dtype).max)
-        probability = torch.sigmoid(logit / self.temperature + self.bias)
+        probability = self.calibration(logit)
         outputs = {"probability": probability, "raw_probability": torch.sigmoid(logit)}
         return outputs | dict(zip(("mahalanobis", "knn"), distances, strict=False))
+
+
+class _Platt(nn.Module):
+    def __init__(self, temperature: float, bias: float):
+        super().__init__()
+        self.temperature, self.bias = temperature, bias
+
+    def forward(self, logit: Tensor) -> Tensor:
+        return torch.sigmoid(logit / self.temperature + self.bias)
+
+
+class _PiecewiseLinear(nn.Module):
+    """np.interp as a sum of ramps, one a piece: no operator that a graph may lack."""
+
+    start: Tensor
+    length: Tensor
+    rise: Tensor
+
+    def __init__(self, at: Sequence[float], values: Sequence[float]):
+        super().__init__()
+        x, y = torch.tensor(at, dtype=torch.float64), torch.tensor(values, dtype=torch.float64)
+        self.first = float(y[0])
+        length = x.diff()
+        pieces = {"start": x[:-1], "length": length, "rise": y.diff() / length}
+        for name, value in pieces.items():
+            self.register_buffer(name, value.float())
+
+    def forward(self, logit: Tensor) -> Tensor:
+        inside = (logit[:, None] - self.start).clamp(min=0)
+        return self.first + (torch.minimum(inside, self.length) * self.rise).sum(1)
+
+
+def _calibration(calibrator: Calibrator) -> nn.Module:
+    if isinstance(calibrator, Isotonic):
+        return _PiecewiseLinear(calibrator.logits, calibrator.probabilities)
+    plain = (
+        calibrator if isinstance(calibrator, Calibration) else Calibration(cast(Temperature, calibrator).temperature)
+    )
+    return _Platt(plain.temperature, plain.bias)
 
 
 @dataclass(frozen=True)

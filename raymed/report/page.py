@@ -1,8 +1,8 @@
-"""A self-contained HTML page: sections of text, tables, pictures, commands and facts.
+"""A self-contained HTML page: sections of text, tables, pictures, galleries, commands and facts.
 
 Pictures are embedded, nothing is loaded from anywhere, and the page says so to the browser (its Content-Security-Policy
 allows no request). It follows the reader's light or dark scheme and prints. All text is plain: markup in it is shown,
-not obeyed.
+not obeyed. Its one script copies commands and filters galleries; without it all cards are shown.
 """
 
 import base64
@@ -98,7 +98,51 @@ class Facts:
     label: str = ""
 
 
-Block = Text | Bullets | Table | Picture | Code | Facts
+@dataclass(frozen=True)
+class Tile:
+    """A small image of a card, as the bytes of a JPEG or PNG file."""
+
+    image: bytes
+    caption: str
+
+    @property
+    def source(self) -> str:
+        """The image as a data URL."""
+        kind = "png" if self.image.startswith(b"\x89PNG") else "jpeg"
+        return f"data:image/{kind};base64," + base64.b64encode(self.image).decode()
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a gallery shows of one case: a mark, lines of text, and rows of tiles, one row a view."""
+
+    title: str
+    mark: str
+    tone: Literal["good", "open", "neutral"] = "neutral"
+    lines: Sequence[str] = ()
+    rows: Sequence[Sequence[Tile]] = ()
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """Filter -> what the card is under it, such as "Site" -> "Seoul"."""
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Cards, with a row of buttons for each filter; cards are shown that fit the chosen button of every row."""
+
+    kind: ClassVar[str] = "gallery"
+    cards: Sequence[Card]
+
+    @property
+    def filters(self) -> dict[str, dict[str, int]]:
+        """Filter -> value -> cards, of the filters that tell cards apart."""
+        counts: dict[str, dict[str, int]] = {}
+        for name, value in (tag for card in self.cards for tag in card.tags.items()):
+            of_filter = counts.setdefault(name, {})
+            of_filter[value] = of_filter.get(value, 0) + 1
+        return {name: values for name, values in counts.items() if len(values) > 1}
+
+
+Block = Text | Bullets | Table | Picture | Gallery | Code | Facts
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,16 @@
-"""The look all figures share, and how one is made: drawn off screen, written whole or not at all."""
+"""The look all figures share, and how one is made: drawn off screen, written whole or not at all.
+
+Text may hold Hangul: characters that matplotlib's own font lacks are taken from NanumGothic, where the package
+koreanize_matplotlib, which brings it, is installed. Elsewhere they are drawn as boxes, and matplotlib warns.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +46,8 @@ STYLE: dict[Any, Any] = {
     "image.interpolation": "nearest",
 }
 
+HANGUL_FONTS = {"NanumGothic.ttf": 400, "NanumGothicBold.ttf": 700}
+
 
 @contextmanager
 def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
@@ -47,12 +55,30 @@ def figure(path: Path, width: float, height: float) -> Iterator[Figure]:
     import matplotlib
     from matplotlib.figure import Figure
 
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context({**STYLE, "font.family": list(font_families())}):
         drawn = Figure(figsize=(width, height), layout="constrained")  # without pyplot: no window, no global state
         yield drawn
         png = io.BytesIO()
         drawn.savefig(png, format="png", dpi=DPI, bbox_inches="tight", pad_inches=0.08)
     write_atomic(path, png.getvalue())
+
+
+@cache
+def font_families() -> tuple[str, ...]:
+    """What text is drawn with: the first family that has a character draws it. The fonts are made known to matplotlib.
+
+    The package's folder is looked up without importing it, since that changes matplotlib's settings for the process.
+    """
+    from matplotlib.font_manager import FontEntry, fontManager
+
+    package = importlib.util.find_spec("koreanize_matplotlib")
+    if package is None or not package.submodule_search_locations:
+        return ("DejaVu Sans",)
+    for name, weight in HANGUL_FONTS.items():
+        # Not addfont: it takes the bold font for a semi-bold one, and each figure would warn of that.
+        path = Path(package.submodule_search_locations[0], "fonts", name)
+        fontManager.ttflist.append(FontEntry(fname=str(path), name="NanumGothic", weight=weight, size="scalable"))
+    return ("DejaVu Sans", "NanumGothic")
 
 
 def colour(position: int) -> str:

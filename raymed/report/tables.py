@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
 
-LOWER_IS_BETTER = frozenset({"brier", "ece", "loss"})
+LOWER_IS_BETTER = frozenset({"brier", "ece", "loss", "lr_negative"})
 MARKS: tuple[Literal["best"], Literal["second"]] = ("best", "second")
 UNRANKED = frozenset({"chance", "concept_count"})
 """Described, not judged: neither more nor less of it is better."""

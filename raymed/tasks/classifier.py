@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -28,13 +29,16 @@ from raymed.data.manifest import DataConfig
 from raymed.data.phantoms import write_hsg
 from raymed.data.preprocess import Preprocess
 from raymed.losses import LOSSES, SupConLoss
-from raymed.metrics.classification import binary_metrics, tune_threshold
+from raymed.metrics.classification import binary_metrics
 from raymed.metrics.embedding import EmbeddingMeter
+from raymed.metrics.levels import unit_numbers
 from raymed.metrics.meters import BinaryMeter, Meter
 from raymed.models.encoder import Encoder, EncoderConfig, build_encoder
 from raymed.models.head import LinearHead, ProjectionHead
 from raymed.space import Space
 from raymed.tasks import recipe
+from raymed.tasks.attention import CaseImages, FeatureMeter, attention_tensors, fit_attention, image_energies
+from raymed.tasks.decide import ATTENTION, Decide
 from raymed.tasks.task import Loss, Nets, Network, Optim, Phase, Step, Task
 
 SUPCON = "supcon_"
@@ -94,13 +98,10 @@ class ClassifierRecipe(recipe.Recipe):
     """The one phase of ce, focal and asl."""
     head: Stage = Stage(480, 256, balanced=False, optim=Optim(lr=1e-2, weight_decay=1e-4), ema_decay=None)
     """The second phase of supcon_*."""
-    threshold: Literal["accuracy", "youden", "f1"] = "youden"
-    """What the decision threshold makes largest on the validation split; youden (sensitivity + specificity) does not
-    depend on how rare the positive class is there."""
+    decide: Decide = Decide()
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, METHODS)
-        check_choice("threshold", self.threshold, ("accuracy", "youden", "f1"))
 
     @property
     def two_stage(self) -> bool:
@@ -145,6 +146,7 @@ class ClassifierRecipe(recipe.Recipe):
 
     def phases(self, data: DataSet) -> tuple[Phase, ...]:
         """The phases of this recipe for a data set."""
+        self.decide.check(data)
         if not self.two_stage:
             return (self._classify("single", self.single, data, joint=True),)
         encoder_from = self.supcon.encoder_from or "supcon.best"
@@ -161,19 +163,56 @@ class ClassifierRecipe(recipe.Recipe):
         positive_rate = float(data.labels[data.splits["train"]].mean())
         loss = getattr(self.losses, self.loss_name)
         classes = {"names": list(data.classes), "positive": data.positive}
+        augment = self.augment
+        if augment.flip and self.decide.level(data) == "case+side":
+            # A mirrored image would be of the other side.
+            augment = dataclasses.replace(augment, flip=0.0)
+            note = "images are not mirrored (augment.flip 0): what is decided about is one side"
+            data.notes += [note] if note not in data.notes else []
         prior = 0.5 if stage.balanced else positive_rate
-        task = ClassifierTask(self.model, stage, loss, self.augment, data.preprocess, joint, prior, classes)
+        attention = self.decide.aggregate == ATTENTION
+        task = ClassifierTask(self.model, stage, loss, augment, data.preprocess, joint, prior, classes, attention)
         return stage.phase(name, task, "auprc", balanced=stage.balanced)
 
-    def outcome(self, scored: recipe.Scored) -> recipe.Outcome:
-        """Figures at the threshold that is best on the validation split; scores and targets."""
-        meters = {split: cast(BinaryMeter, of_split["binary"]) for split, of_split in scored.items()}
-        threshold = tune_threshold(meters["val"].scores, meters["val"].targets, self.threshold)
-        return recipe.Outcome(
-            {split: binary_metrics(m.scores, m.targets, threshold) for split, m in meters.items()},
-            {split: {"scores": m.scores, "targets": m.targets, "rows": m.index} for split, m in meters.items()},
-            {"threshold": threshold, "criterion": self.threshold, "chosen_on": "val"},
-        )
+    @property
+    def also_scored(self) -> tuple[str, ...]:
+        """Attention is fitted on the training split."""
+        return ("train",) if self.decide.aggregate == ATTENTION else ()
+
+    def outcome(self, scored: recipe.Scored, data: DataSet) -> recipe.Outcome:
+        """Figures of units (`decide`) at the threshold that the validation split gives, "image/..." those of images;
+        scores and targets of images, and what attention makes of their features."""
+        energies, report, extras = self._attention(scored, data)
+        meters = {s: cast(BinaryMeter, of_split["binary"]) for s, of_split in scored.items() if s != "train"}
+        where = {split: np.searchsorted(data.rows, meter.index) for split, meter in meters.items()}
+        units = {s: self.decide.table(data, where[s], m.scores, energies=energies.get(s)) for s, m in meters.items()}
+        images = {split: self.decide.table(data, where[split], m.scores, "image") for split, m in meters.items()}
+        point = self.decide.point(units["val"], images["val"])
+        figures = {s: binary_metrics(u.scores, u.targets, point["threshold"]) for s, u in units.items()}
+        for split, of_images in images.items() if point["unit"] != "image" else ():
+            found = binary_metrics(of_images.scores, of_images.targets, point["image_threshold"])
+            figures[split] |= {f"image/{name}": value for name, value in found.items()}
+        arrays = {s: {"scores": m.scores, "targets": m.targets, "rows": m.index} for s, m in meters.items()}
+        arrays = {s: of_split | ({"energies": energies[s]} if energies else {}) for s, of_split in arrays.items()}
+        return recipe.Outcome(figures, arrays, point | report, extras)
+
+    def _attention(
+        self, scored: recipe.Scored, data: DataSet
+    ) -> tuple[dict[str, np.ndarray], dict[str, Any], dict[str, Tensor]]:
+        """Split -> energies of its images; what is to be said of the fit; the tensors. Nothing without attention."""
+        if self.decide.aggregate != ATTENTION:
+            return {}, {}, {}
+        meters = {split: cast(FeatureMeter, of_split["features"]) for split, of_split in scored.items()}
+        train, val = (self._case_images(meters[split], data) for split in ("train", "val"))
+        pool, report = fit_attention(train, val, seed=0)
+        energies = {split: image_energies(pool, meter.features) for split, meter in meters.items() if split != "train"}
+        return energies, {"attention": report}, attention_tensors(pool)
+
+    def _case_images(self, meter: FeatureMeter, data: DataSet) -> CaseImages:
+        where, level = np.searchsorted(data.rows, meter.index), self.decide.level(data)
+        units = unit_numbers(level, data.patients, data.cases, data.sides, data.rows)[where]
+        targets = self.decide.table(data, where, np.zeros(len(where))).targets
+        return CaseImages(meter.features, meter.logits, units, targets)
 
 
 @dataclass(frozen=True)
@@ -244,6 +283,8 @@ class ClassifierTask(Task):
     prior: float
     """Fraction of positives in a training batch: where the head's bias starts."""
     classes: dict[str, object]
+    attention: bool = False
+    """Whether features are kept beside logits."""
 
     def networks(self) -> dict[str, Network]:
         """`classifier` (joint), or `encoder` without an optimiser beside `head`."""
@@ -272,9 +313,15 @@ class ClassifierTask(Task):
         return image if self.joint else nets["encoder"](image)
 
     def predict(self, batch: Batch, nets: Nets) -> dict[str, Tensor]:
-        """{"logit": (B,)}; the probability of the positive class is its sigmoid."""
-        trained = "classifier" if self.joint else "head"
-        return {"logit": nets[trained](self._input(batch, nets))}
+        """{"logit": (B,)}; the probability of the positive class is its sigmoid. With `attention`, also
+        "features" (B, D)."""
+        inside = self._input(batch, nets)
+        if not self.attention:
+            return {"logit": nets["classifier" if self.joint else "head"](inside)}
+        if not self.joint:
+            return {"logit": nets["head"](inside), "features": inside}
+        logit, features = nets["classifier"](inside, True)
+        return {"logit": logit, "features": features}
 
     def frozen(self, batch: Batch, nets: Nets) -> dict[str, Tensor]:
         """{"encoder": (B, D)} features of the image as it is."""
@@ -282,7 +329,8 @@ class ClassifierTask(Task):
 
     def meters(self) -> dict[str, Meter]:
         """AUROC, AUPRC and calibration of the positive class."""
-        return {"binary": BinaryMeter()}
+        binary: dict[str, Meter] = {"binary": BinaryMeter()}
+        return binary | ({"features": FeatureMeter()} if self.attention else {})
 
     def parts(self, nets: Nets) -> tuple[Encoder, LinearHead]:
         """(encoder, head), raw."""
@@ -324,9 +372,11 @@ class Classifier(nn.Module):
         self.encoder = encoder
         self.head = head
 
-    def forward(self, image: Tensor) -> Tensor:
-        """The logit of the positive class."""
-        return self.head(self.encoder(image))
+    def forward(self, image: Tensor, with_features: bool = False) -> Any:
+        """The logit of the positive class; with_features: (logit, features)."""
+        features = self.encoder(image)
+        logit = self.head(features)
+        return (logit, features) if with_features else logit
 
 
 def load_classifier(bundle: Bundle) -> tuple[Classifier, Preprocess]:

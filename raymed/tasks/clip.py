@@ -184,7 +184,7 @@ class ClipRecipe(CaptionedData):
             )
         return found
 
-    def outcome(self, scored: Scored) -> Outcome:
+    def outcome(self, scored: Scored, data: CaptionSet) -> Outcome:
         """Retrieval over each whole split; the embeddings."""
         meters = {split: cast(RetrievalMeter, of_split["retrieval"]) for split, of_split in scored.items()}
         return Outcome(

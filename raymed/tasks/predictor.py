@@ -1,4 +1,5 @@
-"""What a finished classifier says of an image: probability, decision, how far to trust it, and whether it is foreign.
+"""What a finished classifier says of a case and its images: probability, decision, how far to trust it, and whether it
+is foreign.
 
     complete    adds to a classifier's bundle all that is learned from its validation split and features
     Predictor   a bundle in use; the only way from pixels to an answer, in a report, a registry or a server
@@ -19,16 +20,13 @@ from raymed.bundle import NOT_STATED, Bundle
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
 from raymed.data.preprocess import Preprocess
-from raymed.metrics.calibration import (
-    Calibration,
-    band_figures,
-    calibrate,
-    logit_of,
-    probability_figures,
-    uncertain_band,
-)
+from raymed.metrics.calibration import Calibration, band_figures, logit_of, probability_figures, uncertain_band
+from raymed.metrics.levels import LevelTable
 from raymed.metrics.ood import SCORES, FeatureDistances, fit_ood, is_foreign, separation
+from raymed.metrics.reliability import Method, calibrator_from_dict, fit_calibrator
+from raymed.tasks.attention import image_energies, load_attention
 from raymed.tasks.classifier import Classifier, load_classifier
+from raymed.tasks.decide import ATTENTION, put_together
 from raymed.tasks.images import to_unit, unit_image
 
 FILE_KINDS = ("PNG", "JPEG", "TIFF", "DICOM", "NIfTI")
@@ -38,7 +36,7 @@ _BATCH = 128
 
 @dataclass(frozen=True)
 class Prediction:
-    """The answer for one image. Probabilities are of the positive class."""
+    """The answer for one image, taken as a case of its own. Probabilities are of the positive class."""
 
     probability: float
     """Calibrated."""
@@ -52,11 +50,29 @@ class Prediction:
     """Inside the band where a decision is not to be trusted; None where the bundle knows no band."""
     ood: dict[str, float | bool] | None
     """mahalanobis, knn, foreign (`raymed.metrics.ood`); None where the bundle holds no statistics."""
+    energy: float | None = None
+    """What it counts among the images of its case (`raymed.models.attention_pool`); None where all count alike."""
 
     def row(self) -> dict[str, Any]:
-        """All in one level, for a table."""
+        """All that is said of the image, in one level, for a table."""
         values = asdict(self)
+        del values["energy"]
         return values | (values.pop("ood") or {})
+
+
+@dataclass(frozen=True)
+class CasePrediction:
+    """The answer for the images of one case (or whatever the bundle decides about). As of `Prediction`, but that
+    raw_probability is what the bundle's aggregation makes of those of the images."""
+
+    probability: float
+    raw_probability: float
+    decision: str
+    threshold: float
+    uncertain: bool | None
+    num_foreign: int | None
+    """Images that the bundle takes for foreign; None where it holds no statistics."""
+    images: tuple[Prediction, ...]
 
 
 class PredictorNetwork(nn.Module):
@@ -78,7 +94,10 @@ class PredictorNetwork(nn.Module):
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         """The logit and, where there are statistics, the two distances."""
-        features = self.features(image)
+        return self.outputs(self.features(image))
+
+    def outputs(self, features: Tensor) -> tuple[Tensor, ...]:
+        """The same of features (B, D)."""
         logit = self.head(features)
         return (logit,) if self.distances is None else (logit, *self.distances(features))
 
@@ -97,7 +116,10 @@ class Predictor:
         self.preprocess = network.preprocess
         self.device = device
         self.network = network.to(device).eval()
-        self.calibration = _calibration(bundle)
+        self.attention = load_attention(bundle.extras)
+        if bundle.operating_point.get("aggregate") == ATTENTION and self.attention is None:
+            raise UserError("the bundle decides by attention, and holds none of its tensors: copy it again")
+        self.calibration = calibrator_from_dict(bundle.calibration)
         band = bundle.uncertain_band
         raw = [_threshold(bundle), *([band["low"], band["high"]] if band else [])]
         self.threshold, *edges = (float(p) for p in self.calibration(logit(raw)))
@@ -122,6 +144,32 @@ class Predictor:
             for start in range(0, len(images), _BATCH)
             for prediction in self._predict(self.input_image(images[start : start + _BATCH], start))
         ]
+
+    def case(self, images: Sequence[Prediction]) -> CasePrediction:
+        """What the predictions of the images of one case come to together. Raises UserError for a case without any."""
+        if not images:
+            raise UserError("a case without an image cannot be decided")
+        how = self.bundle.operating_point.get("aggregate", "mean")
+        energies = None if self.attention is None else np.array([image.energy for image in images])
+        scores = np.array([image.raw_probability for image in images])
+        (raw,), _ = put_together(scores, np.zeros(len(images), np.int64), how, energies)
+        foreign = [image.ood["foreign"] for image in images if image.ood is not None]
+        return CasePrediction(
+            probability=float(self.calibration(logit_of([raw]))[0]),
+            raw_probability=float(raw),
+            decision=self._decision(raw),
+            threshold=self.threshold,
+            uncertain=self._uncertain(raw),
+            num_foreign=sum(map(bool, foreign)) if foreign else None,
+            images=tuple(images),
+        )
+
+    def _decision(self, raw: float) -> str:
+        return _class_names(self.bundle)[int(raw >= _threshold(self.bundle))]
+
+    def _uncertain(self, raw: float) -> bool | None:
+        band = self.bundle.uncertain_band
+        return bool(band["low"] <= raw <= band["high"]) if band else None
 
     def from_pixels(self, pixels: Tensor) -> list[Prediction]:
         """Predict images that `Preprocess.to_array` has seen already: (B, C, size, size) uint8 or uint16."""
@@ -149,20 +197,20 @@ class Predictor:
 
     @torch.inference_mode()
     def _predict(self, image: Tensor) -> list[Prediction]:
-        logit, *distances = (output.double().cpu().numpy() for output in self.network(image.to(self.device)))
+        features = self.network.features(image.to(self.device))
+        logit, *distances = (output.double().cpu().numpy() for output in self.network.outputs(features))
+        energies = None if self.attention is None else image_energies(self.attention, features.float().cpu().numpy())
         raw = Calibration()(logit)
-        names, band = _class_names(self.bundle), self.bundle.uncertain_band
-        decided = (raw >= _threshold(self.bundle)).astype(int)
-        uncertain = (raw >= band["low"]) & (raw <= band["high"]) if band else None
         ood = self._ood(dict(zip(SCORES, distances, strict=True))) if distances else None
         return [
             Prediction(
                 probability=probability,
                 raw_probability=float(raw[i]),
-                decision=names[decided[i]],
+                decision=self._decision(raw[i]),
                 threshold=self.threshold,
-                uncertain=None if uncertain is None else bool(uncertain[i]),
+                uncertain=self._uncertain(raw[i]),
                 ood=None if ood is None else ood[i],
+                energy=None if energies is None else float(energies[i]),
             )
             for i, probability in enumerate(self.calibration(logit).tolist())
         ]
@@ -182,8 +230,8 @@ def complete(
     val_features: np.ndarray,
     val_labels: np.ndarray,
     val_patients: np.ndarray,
-    val_scores: np.ndarray,
-    test: tuple[np.ndarray, np.ndarray] | None = None,
+    decided: Mapping[str, LevelTable],
+    calibration_by: Method = "platt",
     contract: dict[str, Any],
     licences: dict[str, dict[str, str]] | None = None,
     intended_use: str = NOT_STATED,
@@ -194,18 +242,20 @@ def complete(
         bundle: of a classifier, with its operating point.
         train_features, val_features: (N, D) outputs of the bundle's encoder.
         train_labels, val_labels: (N,) of {0, 1}. train_patients, val_patients: (N,) who each image is of.
-        val_scores: (N,) raw probabilities of the validation split.
-        test: raw probabilities and labels of the test split: what calibration and band do there is noted under "test".
-            The promises hold for images drawn as the validation split was; this shows whether those of the test were.
+        decided: "val" -> the units (images, cases, ...) that the bundle decides about, with raw probabilities: what
+            calibration and band are fitted on. "test", where given: what both do there is noted under "test". The
+            promises hold for units drawn as those of validation were; this shows whether those of the test were.
+        calibration_by: how probabilities are mended, if that helps (`fit_calibrator`).
         contract: `input_contract`. licences: {"weights": {"name", "source"}, "data": {...}}; what is missing stays.
 
     Raises:
         UserError: features that are not finite or all equal.
     """
-    calibrated, calibration = calibrate(val_scores, val_labels, val_patients)
-    band = uncertain_band(val_scores, val_labels, val_patients, _threshold(bundle))
-    if test is not None:
-        scores, labels = test
+    fitted = decided["val"]
+    calibrated, calibration = fit_calibrator(calibration_by, fitted.scores, fitted.targets, fitted.patients)
+    band = uncertain_band(fitted.scores, fitted.targets, fitted.patients, _threshold(bundle))
+    if "test" in decided:
+        scores, labels = decided["test"].scores, decided["test"].targets
         before, after = (probability_figures(p, labels) for p in (scores, calibrated(logit_of(scores))))
         calibration |= {"test": {"before": before, "after": after}}
         band |= {"test": band_figures(scores, labels, _threshold(bundle), band["low"], band["high"])}
@@ -267,11 +317,6 @@ def load_distances(bundle: Bundle) -> FeatureDistances | None:
         return None
     tensors = {name.removeprefix(_PREFIX): t for name, t in bundle.extras.items() if name.startswith(_PREFIX)}
     return FeatureDistances(**tensors, k=bundle.ood["k"])
-
-
-def _calibration(bundle: Bundle) -> Calibration:
-    found = bundle.calibration
-    return Calibration(found["temperature"], found["bias"]) if found else Calibration()
 
 
 def _threshold(bundle: Bundle) -> float:

@@ -33,6 +33,8 @@ class Outcome:
     """Split -> name -> what was predicted, first axis = image; among them "rows" (N,), row numbers in the manifest."""
     operating_point: dict[str, Any] = field(default_factory=dict)
     """Threshold and how it was chosen, where there is one."""
+    extras: dict[str, Any] = field(default_factory=dict)
+    """Tensors that belong into the bundle's."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,13 @@ class Recipe:
         """What is trained, one phase after the other, on a data set that `read` gave."""
         raise UserError(f"{type(self).__name__} trains nothing")
 
-    def outcome(self, scored: Scored) -> Outcome:
-        """What the best checkpoint reached on each split; val is always among them."""
+    @property
+    def also_scored(self) -> tuple[str, ...]:
+        """Splits that `outcome` wants scored beside those that are reported."""
+        return ()
+
+    def outcome(self, scored: Scored, data: Any) -> Outcome:
+        """What the best checkpoint reached on each split of a data set; val is always among them."""
         raise UserError(f"{type(self).__name__} trains nothing")
 
     # What several trainings may share, and what a sweep tries

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raymed.config import to_dict, to_json
 from raymed.data.dataset import DataSet
-from raymed.data.folds import Fold
+from raymed.data.folds import Fold, RepeatedFold
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
@@ -33,6 +33,8 @@ from raymed.train.heads.features import encoder_features, note_trained_on, refus
 from raymed.train.loop import Evaluation, Fit
 
 SPLITS = ("val", "test")
+TRAINED_ON = "trained_on"
+"""Name of a bundle's extra: the contents (`DataSet.content`, as int64) of what it was trained and tuned on."""
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,8 @@ class Unit:
     compute: Compute = Compute()
     part: Literal["all", "encoder"] = "all"
     """encoder: only the SupCon phase, to be shared by several heads."""
-    fold: Fold | None = None
-    """Of a nested cross-validation, in place of the data's own splits."""
+    fold: Fold | RepeatedFold | None = None
+    """Of a cross-validation, in place of the data's own splits."""
     splits: tuple[str, ...] = SPLITS
     """What is scored at the end; trials of a sweep do not look at test."""
     tags: dict[str, str] = field(default_factory=dict)
@@ -148,7 +150,9 @@ class UnitRun:
     def _scores(self) -> dict[str, Any]:
         phase, folder = self.fit.phases[-1], self.unit.folder
         networks, feed = self.fit.best()
-        outcome = self.unit.recipe.outcome({s: evaluate(phase, networks, feed, s) for s in self.unit.splits})
+        splits = (*self.unit.splits, *self.unit.recipe.also_scored)
+        scored = {split: evaluate(phase, networks, feed, split) for split in splits}
+        outcome = self.unit.recipe.outcome(scored, self.data)
         figures = outcome.figures
         if rank() > 0:
             return figures
@@ -156,7 +160,9 @@ class UnitRun:
         np.savez(folder / "predictions.npz", **arrays)
         bundle = phase.task.bundle(networks)
         bundle.operating_point = outcome.operating_point
+        bundle.extras |= outcome.extras
         bundle.metrics = figures
+        bundle.extras |= {TRAINED_ON: self._trained_on()}
         bundle.provenance = {"run_key": self.unit.key, "seed": self.unit.seed, "data": self.data.fingerprint}
         bundle.save(folder / "bundle")
         outbox = self.unit.outbox
@@ -165,6 +171,11 @@ class UnitRun:
         step = sum(phase.steps for phase in self.fit.phases)
         outbox.metrics({f"final/{s}/{name}": v for s in self.unit.splits for name, v in figures[s].items()}, step)
         return figures
+
+    def _trained_on(self) -> Tensor:
+        """(M,) int64, sorted: the contents of all images that had a say in weights, checkpoint or threshold."""
+        seen = np.concatenate([self.data.splits["train"], self.data.splits["val"]])
+        return torch.from_numpy(np.sort(self.data.content[seen].view(np.int64)))
 
     def _arrays(self, outcome: Outcome) -> dict[str, np.ndarray]:
         """SPLIT_NAME -> what was predicted, with whom each row is of and where it stands in the data."""
@@ -219,5 +230,5 @@ def _data(read: Callable, config: DataConfig, cache: Path) -> DataSet:
 
 
 @functools.lru_cache(maxsize=8)
-def _fold_data(read: Callable, config: DataConfig, cache: Path, fold: Fold) -> DataSet:
+def _fold_data(read: Callable, config: DataConfig, cache: Path, fold: Fold | RepeatedFold) -> DataSet:
     return fold.apply(_data(read, config, cache))

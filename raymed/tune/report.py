@@ -27,7 +27,7 @@ from raymed.tracking import environment
 from raymed.train.runs.job import Job
 from raymed.train.runs.openings import open_test
 from raymed.train.runs.results import METRICS, draw_heat_maps, draw_losses, prediction, summarise
-from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, predictions, unit_data
+from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, unit_data
 from raymed.tune.config import Finals, SweepConfig, search_space
 from raymed.tune.finals import DEFAULT
 from raymed.tune.journal import Journal, TrialRecord
@@ -224,7 +224,7 @@ def images_of(data: DataSet) -> str:
 
 
 def _scores(units: Sequence[Unit], split: str) -> list[tuple[np.ndarray, np.ndarray]]:
-    return [(arrays["scores"], arrays["targets"]) for arrays in (predictions(unit, split) for unit in units)]
+    return [prediction(unit, split)[:2] for unit in units]
 
 
 def trial_of(trial: TrialRecord) -> Trial:

@@ -19,8 +19,8 @@ from raymed.storage import local_folder_copy
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.train.runs.job import Job
-from raymed.train.runs.results import summarise
-from raymed.train.unit import Unit, predictions, unit_data
+from raymed.train.runs.results import decided, summarise
+from raymed.train.unit import SPLITS, Unit, unit_data
 
 _FOREIGN = 200  # images of a foreign set that are looked at
 _PHANTOMS = 50
@@ -39,7 +39,7 @@ def write_model(
     bundle = Bundle.load(unit.folder / "bundle")
     predictor = Predictor.from_bundle(bundle, unit.compute.resolved_device())
     features = {name: predictor.data_features(data, indices) for name, indices in data.splits.items()}
-    train, val, test = data.splits["train"], data.splits["val"], predictions(unit, "test")
+    train, val = data.splits["train"], data.splits["val"]
     config = unit.recipe.data
     bundle = complete(
         bundle,
@@ -49,8 +49,8 @@ def write_model(
         val_features=features["val"],
         val_labels=data.labels[val],
         val_patients=data.patients[val],
-        val_scores=predictions(unit, "val")["scores"],
-        test=(test["scores"], test["targets"]),
+        decided={split: decided(unit, split) for split in SPLITS},
+        calibration_by=cast(ClassifierRecipe, unit.recipe).decide.calibration,
         contract=input_contract(data, modality=config.modality, body_part=config.body_part),
         licences={"weights": _weights(unit), "data": {"name": config.licence, "source": config.source}},
         intended_use=intended_use,

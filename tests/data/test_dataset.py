@@ -3,6 +3,7 @@
 import pickle
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -246,3 +247,19 @@ def test_brain_tumours_one_class_against_the_rest(load_set, data_dir):
     assert [len(i) for i in data.splits.values()] == [231, 48, 51]
     np.testing.assert_array_equal(data.labels, data.class_codes == 0)
     assert data.preprocess.size == 256
+
+
+def test_the_side_in_the_picture_follows_the_edge_of_the_patients_right(tmp_path):
+    """A radiograph seen from the front has the patient's right at its left edge."""
+    rng, rows = np.random.default_rng(0), []
+    for number, (side, right) in enumerate(
+        [("right", "left"), ("Left", "left"), ("right", "right"), ("left", "right"), ("left", ""), ("both", "left")] * 2
+    ):
+        Image.fromarray(rng.integers(0, 255, (8, 8), np.uint8)).save(tmp_path / f"{number}.png")
+        rows.append(
+            {"image": f"{number}.png", "label": "ab"[number % 2], "patient": number, "side": side, "right": right}
+        )
+    pd.DataFrame(rows).to_csv(tmp_path / "manifest.csv", index=False)
+    data = load(DataConfig(str(tmp_path / "manifest.csv"), positive="a"), tmp_path / "cache")
+    assert data.seen_sides[:6].tolist() == ["left", "right", "right", "left", "", ""]
+    assert data.sides[:2].tolist() == ["right", "Left"]

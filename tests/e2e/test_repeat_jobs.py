@@ -114,15 +114,15 @@ def test_other_labels_and_a_lost_image_make_it_different(place, run, exported, m
     folder = place / "changed"
     shutil.copytree(moved, folder)
     table = pd.read_csv(folder / "manifest.csv", dtype=str, keep_default_na=False)
-    patent = [i for i, label in enumerate(table["label"]) if label == "patent"]
-    table.loc[patent[:3], "label"] = "occluded"
-    table.drop(index=patent[-1]).to_csv(folder / "manifest.csv", index=False)
+    *_, last = patent = table.loc[table["label"] == "patent", "case"].unique()
+    table.loc[table["case"].isin(patent[:2]), "label"] = "occluded"
+    table.drop(index=table.index[table["case"] == last][0]).to_csv(folder / "manifest.csv", index=False)
 
     said = run("train_classifier", "there", f"--from-run={exported}", f"--data-root={folder}", "--name=changed")
     repeat = summary_of(said)["repeat"]
 
     assert "repeat of one: different (the data (missing, labels) differ)" in said
-    assert len(repeat["differences"]["data"]["labels"]) == 3 and len(repeat["differences"]["data"]["missing"]) == 1
+    assert len(repeat["differences"]["data"]["labels"]) == 4 and len(repeat["differences"]["data"]["missing"]) == 1
     assert re.search(r"data: missing here: 1 row \(\d+\) of the original", said)
 
 

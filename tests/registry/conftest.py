@@ -12,6 +12,7 @@ from raymed.bundle import Bundle
 from raymed.config import to_dict
 from raymed.data.preprocess import Preprocess
 from raymed.metrics.bootstrap import summarise_seeds
+from raymed.metrics.levels import level_table
 from raymed.models.encoder import EncoderConfig, build_encoder
 from raymed.models.head import LinearHead
 from raymed.tasks.classifier import Classifier
@@ -62,7 +63,7 @@ def bundle(images) -> Bundle:
         val_features=features[val],
         val_labels=labels[val],
         val_patients=patients[val],
-        val_scores=scores[val],
+        decided={"val": level_table(scores[val], labels[val], patients[val], patients[val], "mean", level="image")},
         contract={"modality": "XA", "body_part": "UTERUS", "bits": 8, "file_kinds": ["PNG", "DICOM"]},
         licences={"data": {"name": "CC BY 4.0", "source": "the hospital | ward 3"}},
     )

@@ -93,7 +93,7 @@ def test_a_network_that_answers_otherwise_is_refused(bundle, tmp_path, monkeypat
     class Wrong(Graph):
         def __init__(self, predictor):
             super().__init__(predictor)
-            self.temperature *= 1.001
+            self.calibration.temperature *= 1.001
 
     monkeypatch.setattr(module, "Graph", Wrong)
     with pytest.raises(UserError, match="differ from the bundle's by up to"):

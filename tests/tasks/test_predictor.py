@@ -21,6 +21,7 @@ from raymed.metrics.calibration import Calibration
 from raymed.tasks.classifier import ClassifierRecipe, ContrastiveStage, Stage
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.tasks.task import Optim
+from raymed.train.runs.results import decided
 from raymed.train.unit import Unit, predictions, train_unit
 
 OPTIM = Optim(lr=2e-3)
@@ -85,8 +86,10 @@ def completed(trained):
         val_features=predictor.data_features(data, val["where"]),
         val_labels=val["targets"],
         val_patients=val["patients"],
-        val_scores=val["scores"],
-        test=(test["scores"], test["targets"]),
+        decided={
+            split: unit.recipe.decide.table(data, p["where"], p["scores"])
+            for split, p in (("val", val), ("test", test))
+        },
         contract=input_contract(data, modality="DX"),
         licences={"data": {"name": "CC BY 4.0", "source": "drawn"}},
     )
@@ -166,20 +169,22 @@ def test_probability_threshold_and_band_are_on_one_scale(trained, completed):
 
 def test_what_is_learned_after_training(trained, completed):
     unit, data, _, bundle = trained
-    val = predictions(unit, "val")
-    assert completed.calibration["images"] == len(val["scores"]) and completed.calibration["folds"] >= 2
+    val, test = decided(unit, "val"), decided(unit, "test")
+    assert val.level == "case" and len(val) == len(np.unique(data.cases[data.splits["val"]]))
+    assert completed.calibration["images"] == len(val) and completed.calibration["folds"] >= 2
     band = completed.uncertain_band
     assert band["low"] <= completed.operating_point["threshold"] <= band["high"]
-    test = predictions(unit, "test")
-    referred = np.mean((test["scores"] >= band["low"]) & (test["scores"] <= band["high"]))
+    referred = np.mean((test.scores >= band["low"]) & (test.scores <= band["high"]))
     assert band["test"]["referred"] == pytest.approx(referred)
     assert completed.calibration["test"]["before"]["brier"] == pytest.approx(completed.metrics["test"]["brier"])
     assert completed.ood["k"] == 5 and completed.ood["stored"] == len(data.splits["train"])
-    assert set(completed.extras) == {"ood.means", "ood.whiten", "ood.bank"}
+    assert set(completed.extras) == {"ood.means", "ood.whiten", "ood.bank", "trained_on"}
+    seen = np.concatenate([data.content[data.splits[split]] for split in ("train", "val")])
+    assert np.array_equal(bundle.extras["trained_on"].numpy(), np.sort(seen.view(np.int64)))
     assert completed.licences == {
         "weights": {"name": NOT_STATED, "source": NOT_STATED}, "data": {"name": "CC BY 4.0", "source": "drawn"}
     }  # fmt: skip
-    assert completed.intended_use == NOT_STATED and completed.metrics == bundle.metrics and not bundle.extras
+    assert completed.intended_use == NOT_STATED and completed.metrics == bundle.metrics
     assert completed.contract == {
         "modality": "DX", "body_part": NOT_STATED, "size": 16, "channels": 1, "photometric": "MONOCHROME2", "bits": 16,
         "images_per_prediction": 1, "views_per_case": 3, "views": ["a", "b", "c"],
@@ -280,3 +285,41 @@ def test_the_name_of_the_other_class(names, other, trained, completed):
     for threshold, expected in ((0.0, "b"), (1.0, other)):
         bundle = replace(completed, classes=classes, operating_point={"threshold": threshold})
         assert Predictor.from_bundle(bundle)([board])[0].decision == expected
+
+
+def test_a_case_is_decided_by_its_images_together(trained, completed):
+    unit, _, _, _ = trained
+    test = predictions(unit, "test")
+    predictor = Predictor.from_bundle(completed)
+    alone = predictor(images_of(trained, test["rows"][:3]))
+    together = predictor.case(alone)
+    raw = np.mean([p.raw_probability for p in alone])
+    assert together.raw_probability == pytest.approx(raw, abs=1e-12) and together.images == tuple(alone)
+    assert together.probability == pytest.approx(float(predictor.calibration(logit([raw]))[0]))
+    assert together.decision == ("patch" if raw >= completed.operating_point["threshold"] else "plain")
+    assert together.num_foreign == sum(p.ood["foreign"] for p in alone) and together.threshold == predictor.threshold
+    single = predictor.case(alone[:1])
+    assert (single.probability, single.decision) == (pytest.approx(alone[0].probability), alone[0].decision)
+    highest = replace(completed, operating_point=completed.operating_point | {"aggregate": "max"})
+    found = Predictor.from_bundle(highest).case(alone)
+    assert found.raw_probability == max(p.raw_probability for p in alone)
+    with pytest.raises(UserError, match="a case without an image"):
+        predictor.case([])
+
+
+@pytest.mark.parametrize("kind", ["temperature", "isotonic"])
+def test_other_calibrations_are_used_as_they_were_fitted(trained, completed, kind):
+    values = (
+        {"temperature": 0.5}
+        if kind == "temperature"
+        else {"logits": [-1.0, 0.0, 1.0], "probabilities": [0.1, 0.3, 0.9]}
+    )
+    bundle = replace(completed, calibration={"kind": kind, **values})
+    unit, _, _, _ = trained
+    predictor = Predictor.from_bundle(bundle)
+    for p in predictor(images_of(trained, predictions(unit, "test")["rows"][:4])):
+        at = float(logit(p.raw_probability))
+        expected = (
+            expit(at / 0.5) if kind == "temperature" else np.interp(at, values["logits"], values["probabilities"])
+        )
+        assert p.probability == pytest.approx(expected, abs=1e-6)

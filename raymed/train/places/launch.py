@@ -17,6 +17,7 @@ from raymed.train.plans.estimate import Plan, StepCost, Trainings, gpu_bytes, me
 from raymed.train.plans.plan import PlanReport, check_fits, measurable, plan
 from raymed.train.progress import show_progress
 from raymed.train.runs.job import Job
+from raymed.train.runs.sheet import write_sheet
 from raymed.train.unit import Unit, phases_of, train_unit, unit_data
 
 T = TypeVar("T")
@@ -84,6 +85,7 @@ def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
     With `run.plan` print the plan of each kind instead, and end. Raises UserError where disk or memory does not
     suffice. Finished units count nothing.
     """
+    _tell_data(job)
     kinds = [(kind, units) for wave in waves for kind, units in _kinds(wave).items()]
     if job.config.run.plan:
         _show_plans(dict(reversed(kinds)))
@@ -96,6 +98,15 @@ def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
             trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
     if trainings:
         Plan(trainings).announce(job.folder)
+
+
+def _tell_data(job: Job) -> None:
+    """Write the data sheet; with `run.preview`, end there."""
+    path = write_sheet(job)
+    if path:
+        print(f"data sheet: {path}", flush=True)
+    if job.config.run.preview:
+        sys.exit(0)
 
 
 def _show_plans(kinds: Mapping[str, Sequence[Unit]]) -> None:

@@ -3,6 +3,7 @@
 A run exists from its first training on (`Job.start`): what is refused before leaves nothing behind.
 """
 
+import gc
 import json
 import shutil
 import sys
@@ -58,6 +59,8 @@ class RunConfig:
     paths, and do nothing else."""
     plan: bool = False
     """Say what each ZeRO stage would take of memory, time and network and which one is advised, and do nothing else."""
+    preview: bool = False
+    """Write the sheet of the data as the network will see them (data_sheet.html), and do nothing else."""
     time_budget: str | None = None
     """Wall-clock time after which the job ends with what it has, such as "2h", "90m" or "30s"; None = no limit."""
     max_gpu_hours: float | None = None
@@ -342,6 +345,14 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
 
     Exit codes: 0; 2 for something the user gave (one clear message); 130 when stopped by the user (state saved).
     """
+    code = _exit_code(recipe, work)
+    if launched():
+        gc.collect()  # a failure's frames held the process group, whose threads must end before Python: `leave_group`
+    if code:
+        sys.exit(code)
+
+
+def _exit_code(recipe: Callable[[], C], work: Callable[[C], Path]) -> int:
     import tyro
 
     from raymed.tracking import telemetry_off
@@ -350,7 +361,7 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
     try:
         world = launched()
         if world and world.rank > 0:
-            sys.exit(follow())
+            return follow()
         with driving():
             default: Any = recipe()
             _defaults[type(default)] = default
@@ -363,9 +374,10 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
                 print(f"exported: {exported.absolute()}", flush=True)
             else:
                 print(f"summary: {work(config)}", flush=True)
+        return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        return 2
     except KeyboardInterrupt:
         print("stopped; the same command continues", file=sys.stderr, flush=True)
-        sys.exit(130)
+        return 130

@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from raymed.bundle import Bundle
 from raymed.explain.gradcam import grad_cam, laterality_hit_rate
 from raymed.metrics.bootstrap import Prediction, summarise_difference, summarise_seeds
+from raymed.metrics.levels import Level, LevelTable
 from raymed.report import figures as draw
 from raymed.report.tables import comparison_csv, comparison_markdown, comparison_table, difference_table
 from raymed.storage import write_atomic
-from raymed.tasks.classifier import load_classifier
+from raymed.tasks.classifier import ClassifierRecipe, load_classifier
 from raymed.train.runs.job import Job
 from raymed.train.runs.openings import open_test
 from raymed.train.timing import speeds, time_spent
@@ -22,9 +23,9 @@ PANEL = 8  # images
 METRICS = ("auroc", "auprc", "accuracy", "accuracy_at_0.5", "precision", "recall", "f1", "ece")
 
 
-def summarise(units: Sequence[Unit]) -> dict[str, Any]:
-    """One method's units (its seeds) -> {"val": {metric: figure}, "test": ...}."""
-    return {split: summarise_seeds([prediction(unit, split) for unit in units]) for split in SPLITS}
+def summarise(units: Sequence[Unit], level: Level | None = None) -> dict[str, Any]:
+    """One method's units (its seeds) -> {"val": {metric: figure}, "test": ...}, at the level that `prediction` says."""
+    return {split: summarise_seeds([prediction(unit, split, level) for unit in units]) for split in SPLITS}
 
 
 def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any]:
@@ -35,12 +36,20 @@ def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any
     }
 
 
-def prediction(unit: Unit, split: str) -> Prediction:
-    """A finished unit's scores, targets, patients (None where the data name none) and threshold."""
+def prediction(unit: Unit, split: str, level: Level | None = None) -> Prediction:
+    """A finished unit's scores, targets, patients (None where the data name none) and threshold; level: what a row is,
+    None = what is decided about."""
+    table, figures = decided(unit, split, level), (unit.result() or {})[split]
+    threshold = figures["image/threshold" if level == "image" and "image/threshold" in figures else "threshold"]
+    patients = table.patients if unit_data(unit).has_patients else None
+    return table.scores, table.targets, patients, threshold
+
+
+def decided(unit: Unit, split: str, level: Level | None = None) -> LevelTable:
+    """The units of a split that a finished training decides about, or those of another level."""
     arrays = predictions(unit, split)
-    patients = arrays["patients"] if unit_data(unit).has_patients else None
-    threshold = (unit.result() or {})[split]["threshold"]
-    return arrays["scores"], arrays["targets"], patients, threshold
+    recipe = cast(ClassifierRecipe, unit.recipe)
+    return recipe.decide.table(unit_data(unit), arrays["where"], arrays["scores"], level, arrays.get("energies"))
 
 
 def best_on_validation(figures: Mapping[str, Any], metric: str = "auprc") -> str:
@@ -50,10 +59,7 @@ def best_on_validation(figures: Mapping[str, Any], metric: str = "auprc") -> str
 
 def draw_curves(folder: Path, methods: Mapping[str, Sequence[Unit]], figures: Mapping[str, Any]) -> list[Path]:
     """PR, ROC and reliability of the test split, as PNG files."""
-    curves = {
-        name: [(p["scores"], p["targets"]) for p in (predictions(unit, "test") for unit in units)]
-        for name, units in methods.items()
-    }
+    curves = {name: [prediction(unit, "test")[:2] for unit in units] for name, units in methods.items()}
     of_test = {name: figures[name]["test"] for name in methods}
     folder.mkdir(parents=True, exist_ok=True)
     draw.pr_roc(folder / "pr_roc.png", curves, of_test)
@@ -92,7 +98,7 @@ def draw_heat_maps(folder: Path, unit: Unit) -> tuple[list[Path], dict[str, Any]
             print("no heat maps: the encoder has tokens in place of feature maps")
             return [], {}
     cams = torch.cat([grad_cam(classifier.encoder, classifier.head, preprocess.normalise(x)) for x in image.split(64)])
-    sides = None if data.sides is None else data.sides[rows]
+    sides = None if data.seen_sides is None else data.seen_sides[rows]
     known: list[int] = [] if sides is None else [i for i, side in enumerate(sides) if side in ("left", "right")]
     shown = np.argsort(-scores, kind="stable")[:PANEL]
     draw.cam_panel(
@@ -117,13 +123,14 @@ def report(
     baseline: str | None = None,
     artifacts: Sequence[Path] = (),
     best: str | None = None,
+    pages: Mapping[str, Path] | None = None,
     **extra: Any,
 ) -> Path:
     """End a job: print and write the table, draw the figures, log them, write the summary. Returns its path.
 
-    baseline: method that the others are compared with, seed by seed. artifacts: further files to log. best: the method
-    to name so; None = by the validation split. Methods of which a seed is not finished, as when the budget is used up,
-    are left out.
+    baseline: method that the others are compared with, seed by seed. artifacts: further files to log. pages: name ->
+    path, told beside the others. best: the method to name so; None = by the validation split. Methods of which a
+    seed is not finished, as when the budget is used up, are left out.
     """
     from rich import print as show
 
@@ -141,7 +148,14 @@ def report(
     pictures = [*draw_curves(folder, methods, figures), draw_losses(folder, methods), *artifacts]
     panels, laterality = draw_heat_maps(folder, methods[best][0])
     of_test = {name: figure["test"] for name, figure in figures.items()}
-    show(comparison_table(of_test, METRICS, title=_title(job, methods[best])))
+    level = cast(ClassifierRecipe, job.recipe).decide.level(unit_data(methods[best][0]))
+    show(comparison_table(of_test, METRICS, title=_title(job, methods[best], level)))
+    if level != "image":
+        images = {name: summarise(units, "image") for name, units in methods.items()}
+        of_images = {name: figure["test"] for name, figure in images.items()}
+        show(comparison_table(of_images, METRICS, title="the same by image, as other work counts"))
+        write_atomic(job.folder / "table_images.csv", comparison_csv(of_images, METRICS))
+        extra |= {"image_figures": images}
     differences = {
         name: difference(units, methods[baseline]) for name, units in methods.items() if baseline and name != baseline
     }
@@ -155,7 +169,7 @@ def report(
         job.outbox.artifact(job.folder / table)
     final = {f"test/{name}": of_test[best][name]["mean"] for name in METRICS}
     job.outbox.metrics(final | ({"laterality_hit_rate": laterality["hit_rate"]} if laterality else {}), 0)
-    paths = {"run": job.folder, "figures": folder}
+    paths = {"run": job.folder, "figures": folder, **(pages or {})}
     if methods[best][0].fold is None:  # those of folds are for figures, not for use
         paths["model"] = methods[best][0].folder / "bundle"
     extra |= {"time": {unit.name: time_spent(unit.outbox) for units in methods.values() for unit in units}}
@@ -167,9 +181,12 @@ def report(
     return summary
 
 
-def _title(job: Job, units: Sequence[Unit]) -> str:
+def _title(job: Job, units: Sequence[Unit], level: str) -> str:
     data = unit_data(units[0])
     unit = "patients" if data.has_patients else "images (no patient column)"
     kind = "seed" if units[0].fold is None else "fold"
     seeds = f"{len(units)} {kind}{'s' * (len(units) > 1)}"
-    return f"test split, positive = {data.positive}, {seeds}, 95 % intervals over {unit}"
+    rows = {"image": "images", "patient": "patients"}.get(level, f"{level}s")
+    how = cast(ClassifierRecipe, job.recipe).decide.aggregate
+    rows = rows if level == "image" else f"{rows} (scores of images: {how})"
+    return f"test split, by {rows}, positive = {data.positive}, {seeds}, 95 % intervals over {unit}"
