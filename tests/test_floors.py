@@ -8,7 +8,8 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "raymed"
 FLOORS = {
-    "config": 0, "space": 0, "bundle": 0, "storage": 0, "distributed": 0, "random": 0, "ledger": 0, "_torchvision": 0,
+    "config": 0, "space": 0, "bundle": 0, "storage": 0, "distributed": 0, "random": 0, "threads": 0, "ledger": 0,
+    "_torchvision": 0,
     "data": 1, "tracking": 1,
     "models": 2, "losses": 2, "explain": 2, "metrics": 2, "report": 2,
     "tasks": 3,
@@ -16,7 +17,8 @@ FLOORS = {
     "results": 5,
     "tune": 6, "serve": 6, "doctor": 6,
 }  # fmt: skip
-PLAIN = {"config", "space", "bundle", "random", "ledger", "models", "losses", "explain", "metrics", "report", "tasks"}
+PLAIN = {"config", "space", "bundle", "random", "threads", "ledger"}
+PLAIN |= {"models", "losses", "explain", "metrics", "report", "tasks"}
 """Usable in any script: no Ray, DeepSpeed or MLflow."""
 CLUSTER = {"ray", "deepspeed", "mlflow"}
 

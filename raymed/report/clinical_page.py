@@ -14,12 +14,23 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raymed.config import flatten, to_dict
 from raymed.report import clinical_figures as draw
 from raymed.report.clinical_figures import FOREST, CalibrationCurve, Figure, Level, Subgroup
 from raymed.report.figures import confusion
 from raymed.report.gallery import HEAT_MAP_SENTENCE, Case, case_gallery, randomisation_sentence
-from raymed.report.page import Block, Bullets, Cell, Code, Facts, Lead, Picture, Section, Table, Text, write_page
+from raymed.report.page import (
+    Block,
+    Bullets,
+    Cell,
+    Facts,
+    Lead,
+    Picture,
+    Section,
+    Table,
+    Text,
+    repeat_blocks,
+    write_page,
+)
 from raymed.report.read_again import READ_AGAIN, Doubt, read_again_blocks, read_again_csv
 from raymed.report.tables import decimal, interval, label
 from raymed.storage import write_atomic
@@ -107,7 +118,7 @@ def write_clinical_page(folder: Path, record: ClinicalRecord) -> Path:
         Section("Cases to read again", read_again_blocks(record.read_again)),
         Section("Further figures", [Picture(path, caption) for path, caption in record.pictures]),
         Section("Model", [Facts(record.model)] if record.model else []),
-        Section("Repeat", _repeat(record)),
+        Section("Repeat", repeat_blocks(record.command, record.environment, record.config)),
         Section("Notes", [Bullets(record.notes)] if record.notes else []),
     ]
     lead = Lead(record.sentence, record.more, record.tone, _numbers(record))
@@ -277,15 +288,6 @@ def _gallery(record: ClinicalRecord) -> list[Block]:
     said = [HEAT_MAP_SENTENCE] if any(view.heat_map is not None for view in views) else []
     said += [sentence] if (sentence := randomisation_sentence(record.cases)) else []
     return [*map(Text, said), case_gallery(record.cases, record.levels[0].threshold, record.classes)]
-
-
-def _repeat(record: ClinicalRecord) -> list[Block]:
-    blocks: list[Block] = [Code(record.command, "The command that repeats this:")] if record.command else []
-    if record.environment:
-        blocks.append(Facts(flatten(record.environment), "Environment"))
-    if record.config is not None:
-        blocks.append(Facts(flatten(to_dict(record.config)), "Config"))
-    return blocks
 
 
 def _numbers(record: ClinicalRecord) -> dict[str, str]:

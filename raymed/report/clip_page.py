@@ -12,11 +12,22 @@ from typing import Any, Literal
 
 import numpy as np
 
-from raymed.config import flatten, to_dict
 from raymed.report import clip_figures as draw
 from raymed.report.clip_figures import ImageQuery, TextQuery
 from raymed.report.figures import calibration
-from raymed.report.page import Block, Bullets, Cell, Code, Facts, Lead, Picture, Section, Table, Text, write_page
+from raymed.report.page import (
+    Block,
+    Bullets,
+    Cell,
+    Facts,
+    Lead,
+    Picture,
+    Section,
+    Table,
+    Text,
+    repeat_blocks,
+    write_page,
+)
 from raymed.report.tables import RETRIEVAL, comparison_page, decimal, interval, mean_std
 
 Figures = Mapping[str, Mapping[str, Mapping[str, Any]]]
@@ -80,7 +91,7 @@ def write_clip_report(folder: Path, record: ClipRecord) -> Path:
         Section("Similarity as a probability", _pairs(figures, record)),
         Section("Further figures", [Picture(path, caption) for path, caption in record.pictures]),
         Section("Model", [Facts(record.model)] if record.model else []),
-        Section("Repeat", _repeat(record)),
+        Section("Repeat", repeat_blocks(record.command, record.environment, record.config)),
         Section("Notes", [Bullets(record.notes)] if record.notes else []),
     ]
     lead = Lead(record.sentence, record.more, record.tone, _numbers(record))
@@ -231,15 +242,6 @@ def _pairs(folder: Path, record: ClipRecord) -> list[Block]:
             "bins with 95 % Wilson intervals; below, how many pairs each holds.",
         ),
     ]
-
-
-def _repeat(record: ClipRecord) -> list[Block]:
-    blocks: list[Block] = [Code(record.command, "The command that repeats this:")] if record.command else []
-    if record.environment:
-        blocks.append(Facts(flatten(record.environment), "Environment"))
-    if record.config is not None:
-        blocks.append(Facts(flatten(to_dict(record.config)), "Config"))
-    return blocks
 
 
 def _numbers(record: ClipRecord) -> dict[str, str]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from raymed.config import flatten, to_dict
 from raymed.storage import write_atomic
 
 CSS_DPI = 96
@@ -167,6 +168,16 @@ class Lead:
     tone: Literal["good", "open", "neutral"] = "neutral"
     numbers: Mapping[str, str] = field(default_factory=dict)
     """Label -> number."""
+
+
+def repeat_blocks(command: str, environment: Mapping[str, Any], config: Any) -> list[Block]:
+    """What it takes to do it again, as far as it is known."""
+    blocks: list[Block] = [Code(command, "The command that repeats this, or goes on with it:")] if command else []
+    if environment:
+        blocks.append(Facts(flatten(environment), "Environment"))
+    if config is not None:
+        blocks.append(Facts(flatten(to_dict(config)), "Config"))
+    return blocks
 
 
 def write_page(path: Path, title: str, subtitle: str, lead: Lead, sections: Sequence[Section]) -> Path:

@@ -13,9 +13,9 @@ import numpy as np
 
 from raymed.report import figures as draw
 from raymed.report import sweep_search
-from raymed.report.page import Block, Bullets, Lead, Picture, Section, Text, write_page
+from raymed.report.page import Block, Bullets, Lead, Picture, Section, Text, repeat_blocks, write_page
 from raymed.report.sweep_record import SearchRecord, SweepRecord, count, listed
-from raymed.report.sweep_verdict import SPLITS, repeat_blocks, tone, verdict_blocks
+from raymed.report.sweep_verdict import SPLITS, tone, verdict_blocks
 from raymed.report.tables import comparison_page, split_csv
 from raymed.storage import write_atomic
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from raymed.report import clip_figures, sweep_search
 from raymed.report.axis import option_text
-from raymed.report.page import Block, Bullets, Cell, Lead, Picture, Section, Table, Text, write_page
+from raymed.report.page import Block, Bullets, Cell, Lead, Picture, Section, Table, Text, repeat_blocks, write_page
 from raymed.report.surface import surface_block
 from raymed.report.sweep import trials_csv
 from raymed.report.sweep_record import SearchRecord, count, finished, listed, short_names, were
-from raymed.report.sweep_verdict import SPLITS, Verdicts, repeat_blocks, tone, verdict_blocks
+from raymed.report.sweep_verdict import SPLITS, Verdicts, tone, verdict_blocks
 from raymed.report.tables import comparison_page, label, split_csv
 from raymed.storage import write_atomic
 

@@ -1,4 +1,4 @@
-"""How verdicts are shown: tables of differences from a baseline, their sentences, a figure; and what repeats them."""
+"""How verdicts are shown: tables of differences from a baseline, their sentences, a figure."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from raymed.config import flatten, to_dict
 from raymed.report import figures as draw
-from raymed.report.page import Block, Bullets, Cell, Code, Facts, Picture, Table
+from raymed.report.page import Block, Bullets, Cell, Picture, Table
 from raymed.report.sweep_record import count
 from raymed.report.tables import decimal, label, number
 
@@ -72,13 +71,3 @@ def tone(verdict: str) -> Any:
     if verdict.startswith("cannot"):
         return "open"
     return "good" if verdict.startswith("above") else "neutral"
-
-
-def repeat_blocks(command: str, environment: Mapping[str, Any], config: Any) -> list[Block]:
-    """What it takes to do it again."""
-    blocks: list[Block] = [Code(command, "The command that repeats this sweep, or goes on with it:")]
-    if environment:
-        blocks.append(Facts(flatten(environment), "Environment"))
-    if config is not None:
-        blocks.append(Facts(flatten(to_dict(config)), "Config"))
-    return blocks

@@ -25,7 +25,7 @@ from raymed.report.tables import comparison_csv, comparison_table
 from raymed.storage import write_atomic
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.runs.job import Job
-from raymed.train.runs.results import METRICS, decided, draw_losses
+from raymed.train.runs.results import METRICS, decided, draw_losses, tell_images
 from raymed.train.unit import Unit, load_data
 
 _DECISIONS = {"sensitivity": "sensitivity", "recall": "sensitivity", "specificity": "specificity"}
@@ -121,8 +121,7 @@ def report_folds(job: Job, units: Sequence[Unit]) -> Path:
     extra: dict[str, Any] = {"level": level}
     if level != "image":
         images = {recipe.label: fold_figures(out_of_fold(units, "image"), data.has_patients)}
-        show(comparison_table(images, METRICS, title="the same by image, as other work counts"))
-        write_atomic(job.folder / "table_images.csv", comparison_csv(images, METRICS))
+        tell_images(job, images)
         extra["image_figures"] = {recipe.label: {"test": images[recipe.label]}}
     write_atomic(job.folder / "table.csv", comparison_csv(found, METRICS))
     np.savez(job.folder / "out_of_fold.npz", **_arrays(repeats))

@@ -13,7 +13,6 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -34,6 +33,7 @@ from raymed.results.predict_table import Answer, Origin, Tables
 from raymed.storage import resolve_storage
 from raymed.tasks.decide import decide_of
 from raymed.tasks.predictor import CasePrediction, Prediction, Predictor
+from raymed.threads import one_thread
 
 Device = Literal["auto", "cpu", "cuda"]
 _CHUNK = 8  # cases of one task
@@ -157,7 +157,7 @@ def _answers(bundle: Bundle, cases: Sequence[Case], workers: int, device: Device
         return
     predictor = _predictor(bundle, device)
     for case in cases:
-        with _one_thread():
+        with one_thread():
             answer = answer_case(predictor, case, root)
         yield answer
 
@@ -167,16 +167,6 @@ def _predictor(bundle: Bundle, device: Device) -> Predictor:
     if device == "cuda" and not has_gpu:
         raise UserError("--device is cuda, but torch sees no GPU here: use --device cpu")
     return Predictor.from_bundle(bundle, "cuda" if has_gpu and device != "cpu" else "cpu")
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def answer_case(predictor: Predictor, case: Case, root: Path | None = None) -> Answer:

@@ -10,7 +10,6 @@ leaves no errors there to learn from.
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -23,6 +22,7 @@ from raymed.config import UserError
 from raymed.metrics.calibration import Calibration
 from raymed.models.attention_pool import AttentionPool, case_logits
 from raymed.random import derive
+from raymed.threads import one_thread
 
 WEIGHT_DECAYS = (0.1, 1.0, 10.0)
 STEPS = 100
@@ -88,7 +88,7 @@ def fit_attention(
     """
     if train.features.shape[1] != val.features.shape[1]:
         raise UserError(f"features of {train.features.shape[1]} and {val.features.shape[1]} numbers: of two encoders?")
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+    with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive(seed, "weights", "attention"))
         mean = AttentionPool(train.features.shape[1], hidden)
         _standardise(mean, train.features)
@@ -119,7 +119,7 @@ def fit_attention(
 
 def image_energies(pool: AttentionPool, features: np.ndarray) -> np.ndarray:
     """Features (N, D) -> (N,) float64 energies, the same bits for any number of threads."""
-    with _one_thread(), torch.no_grad():
+    with one_thread(), torch.no_grad():
         return pool(torch.tensor(features, dtype=torch.float32)).double().numpy()
 
 
@@ -233,14 +233,3 @@ def _states(start: AttentionPool, cases: _Cases, decay: float) -> Iterator[tuple
         optimiser.step()
         if step % EVERY == 0:
             yield step, pool
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums are split by threads; with one they come out the same everywhere on a machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -223,7 +223,7 @@ def test_what_leaves_gives_the_same_embeddings(recipe, data):
     assert bundle.model["temperature"] == pytest.approx(0.07) and bundle.classes["names"] == ["bright", "dark"]
 
 
-def test_a_learning_rate_that_unlearns_published_weights_is_told(recipe, data, tmp_path):
+def test_a_learning_rate_that_is_high_for_published_weights_is_told(recipe, data, tmp_path):
     def notes(**changes) -> list[str]:
         told = dataclasses.replace(data, notes=[])
         replace(recipe, {name.replace("__", "."): value for name, value in changes.items()}).phases(told)
@@ -231,7 +231,7 @@ def test_a_learning_rate_that_unlearns_published_weights_is_told(recipe, data, t
 
     tuned = f"local-dir:{write_tiny_clip(tmp_path / 'tiny')}"
     (note,) = notes(model__name=tuned, stage__optim__lr=1e-3)
-    assert note.startswith("stage.optim.lr 0.001 unlearns much of published weights: 1e-6 to 1e-5 is usual")
+    assert note.startswith("stage.optim.lr 0.001 is high for published weights: 1e-6 to 1e-5 is usual")
     assert not notes(model__name=tuned, stage__optim__lr=1e-5) and not notes(stage__optim__lr=1e-3)
     assert not notes(model__name=tuned, model__lora_rank=4, stage__optim__lr=1e-3)
 

@@ -11,7 +11,7 @@ from raymed.explain.gradcam import grad_cam, laterality_hit_rate
 from raymed.metrics.bootstrap import Prediction, summarise_difference, summarise_seeds
 from raymed.metrics.levels import Level, LevelTable
 from raymed.report import figures as draw
-from raymed.report.tables import comparison_csv, comparison_markdown, comparison_table, difference_table
+from raymed.report.tables import Figures, comparison_csv, comparison_markdown, comparison_table, difference_table
 from raymed.storage import write_atomic
 from raymed.tasks.classifier import ClassifierRecipe, load_classifier
 from raymed.train.runs.job import Job
@@ -152,9 +152,7 @@ def report(
     show(comparison_table(of_test, METRICS, title=_title(job, methods[best], level)))
     if level != "image":
         images = {name: summarise(units, "image") for name, units in methods.items()}
-        of_images = {name: figure["test"] for name, figure in images.items()}
-        show(comparison_table(of_images, METRICS, title="the same by image, as other work counts"))
-        write_atomic(job.folder / "table_images.csv", comparison_csv(of_images, METRICS))
+        tell_images(job, {name: figure["test"] for name, figure in images.items()})
         extra |= {"image_figures": images}
     differences = {
         name: difference(units, methods[baseline]) for name, units in methods.items() if baseline and name != baseline
@@ -179,6 +177,15 @@ def report(
     told = "".join(f"{name}: {path}\n" for name, path in paths.items())
     print(f"best on validation: {best}\n{told}MLflow: {job.where()}")
     return summary
+
+
+def tell_images(job: Job, figures: Figures) -> None:
+    """Print and write the table of figures by image, where what is decided about is something else."""
+    from rich import print as show
+
+    show(comparison_table(figures, METRICS, title="the same by image, as other work counts"))
+    write_atomic(job.folder / "table_images.csv", comparison_csv(figures, METRICS))
+    job.outbox.artifact(job.folder / "table_images.csv")
 
 
 def _title(job: Job, units: Sequence[Unit], level: str) -> str:
