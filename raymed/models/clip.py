@@ -203,7 +203,8 @@ def _small(size: int | None) -> dict[str, Any]:
 
 def _open_residual_branches(visual: nn.Module) -> None:
     """timm starts each branch at zero, by its last norm, for the sake of deep networks. One of ten layers learns more
-    slowly from there: on captioned phantoms a mean recall of 0.50 after 200 steps, and 0.72 with open branches."""
+    slowly from there: on captioned phantoms, after 300 steps of InfoNCE, a mean recall of 0.64, 0.71 and 0.62 over
+    three seeds, and 0.75, 0.76 and 0.74 with open branches."""
     for module in visual.modules():
         if isinstance(module, GroupNorm2d):
             nn.init.ones_(module.weight)
