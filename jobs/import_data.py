@@ -2,7 +2,7 @@
 
     python jobs/import_data.py --images DIR --labels sheet.xlsx --key AccessionNumber
     python jobs/import_data.py --images DIR --labels sheet.xlsx --columns.label Result --map occluded=occ patent=open
-    python jobs/import_data.py --images DIR --labels table.csv --key path --columns.key file --columns.patient patient
+    python jobs/import_data.py --images DIR --labels table.csv --key path --columns.key file --columns.patient pid
 
 Images are found below DIR by their content and linked to rows by a tag of DICOM or by their path. What does not match,
 or cannot be used, is counted and listed. Pixels are copied without headers, and what looks like text in them is

@@ -12,12 +12,13 @@ from typing import Annotated
 
 import tyro
 
-from raymed.data.folds import CrossValidation
-from raymed.results.folds import fold_units, report_folds
-from raymed.results.trained import write_evaluation
+from raymed.config import to_dict
+from raymed.registry.config import RegisterConfig
+from raymed.results.folds import folds_of, report_folds
+from raymed.results.trained import leave_evaluated
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.compute import Compute
-from raymed.train.places.launch import run_one_by_one
+from raymed.train.places.launch import run_one_by_one, unit_of
 from raymed.train.runs.job import RunConfig, main, open_job
 from raymed.train.runs.results import report
 
@@ -32,6 +33,7 @@ class TrainClassifier:
     cv: str = ""
     """Cross-validation in place of the data's splits: FOLDSxREPEATS, such as 5x3; patients stay whole. Every case is
     scored by networks that have not seen it."""
+    register: RegisterConfig = RegisterConfig()
     compute: Compute = Compute()
     run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
 
@@ -44,14 +46,13 @@ def recipe() -> TrainClassifier:
 def train(config: TrainClassifier) -> Path:
     """Train each seed and report."""
     with open_job("train_classifier", config) as job:
-        if config.cv:
-            units = fold_units(job, CrossValidation.parse(config.cv), config.seeds)
-            run_one_by_one(job, units)
-            return report_folds(job, units)
-        units = [job.unit(f"seed-{seed}", seed) for seed in config.seeds]
+        units = [unit_of(job, "", seed, fold) for seed in config.seeds for fold in folds_of(config.cv)]
+        methods = {config.recipe.method: units}
         run_one_by_one(job, units)
-        page = write_evaluation(job, units)
-        return report(job, {config.recipe.method: units}, pages={"evaluation": page} if page else {})
+        if config.cv:
+            return report_folds(job, methods)
+        left, registered = leave_evaluated(job, units, config.register)
+        return report(job, methods, pages=left, registered=registered and to_dict(registered))
 
 
 if __name__ == "__main__":

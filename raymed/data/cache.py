@@ -75,7 +75,13 @@ def decode(sources: Sequence[Source], preprocess: Preprocess, cache_dir: Path) -
     pixels, record = (cache_dir / f"decoded-{key}{ending}" for ending in (".npy", ".json"))
     if not (record.is_file() and pixels.is_file()):
         cache_dir.mkdir(parents=True, exist_ok=True)
-        write_atomic(record, json.dumps(_decode_to(pixels, _Reader(sources, found, preprocess.window), preprocess)))
+        said = _decode_to(pixels, _Reader(sources, found, preprocess.window), preprocess)
+        if said["problems"] and versions(source.path for source in sources) != found:
+            raise UserError(
+                "images changed or went away while they were read: check the share or the network; then start the same "
+                "command again"
+            )
+        write_atomic(record, json.dumps(said))
     said = json.loads(record.read_text())
     problems = {int(i): reason for i, reason in said["problems"].items()}
     return Decoded(pixels, tuple(said["hashes"]), tuple(map(tuple, said["shapes"])), problems, said["size"])

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -20,6 +20,7 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data import splits
 from raymed.data.cache import Decoded, decode
+from raymed.data.intake.pseudonyms import PSEUDONYM
 from raymed.data.locations import as_location
 from raymed.data.manifest import SPLITS, DataConfig, Manifest, read_manifest
 from raymed.data.preprocess import Preprocess
@@ -69,11 +70,11 @@ class DataSet:
 
     classes: names of all classes. positive: the one to be found; "" where there are no labels, and then all images have
     one class and the label 0. labels: (N,) int64, 1 = positive. class_codes: (N,) int64, index into classes. patients:
-    (N,) int64 codes; without patients in the manifest, every image counts as one (has_patients False). cases: codes,
-    views: text, or None. sides: of the patient, text, or None. seen_sides: where in the picture those are, "left",
-    "right", or something else where that is not known; None without sides. groups: name of a column -> (N,) text, of
-    `DataConfig.groups`, those there are.
-    readers: the same of `DataConfig.readers`. rows: (N,) int64 row numbers in the manifest, from 1, ascending.
+    (N,) int64 codes; where the manifest states no patient each case counts as one, and without cases every image
+    (`grouped_by`); has_patients: whether it states any. cases: codes, views: text, or None. sides: of the patient,
+    text, or None. seen_sides: where in the picture those are, "left", "right", or something else where that is not
+    known; None without sides. groups: name of a column -> (N,) text, of `DataConfig.groups`, those there are. readers:
+    the same of `DataConfig.readers`. rows: (N,) int64 row numbers in the manifest, from 1, ascending.
     splits: train, val, test -> indices (ascending). fingerprint: sha256 of pixels, labels, splits; masks and boxes do
     not count, since nothing is trained or scored with them. preprocess: with size, mean and std filled in. notes: what
     the user is to know, one line each.
@@ -100,6 +101,9 @@ class DataSet:
     """(N,) rows of the array at pixels_path."""
     content: np.ndarray
     """(N,) uint64, the first half of a hash of each image's pixels: tells images apart across manifests."""
+    patient_keys: np.ndarray
+    """(N,) uint64, the same of each patient's pseudonym, which an import made with its key so that it means the same
+    person in every manifest of that key; 0 of other names, which may be anybody's elsewhere."""
     seen_sides: np.ndarray | None = None
     groups: dict[str, np.ndarray] = field(default_factory=dict)
     readers: dict[str, np.ndarray] = field(default_factory=dict)
@@ -111,6 +115,11 @@ class DataSet:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def grouped_by(self) -> Literal["patient", "case", "image"]:
+        """What `patients` are codes of: within one, images are not independent; two are never resampled as one."""
+        return "patient" if self.has_patients else "image" if self.cases is None else "case"
 
     def __getstate__(self) -> dict[str, Any]:
         # Pickle would copy the whole memory map; the other side opens the file.
@@ -199,7 +208,8 @@ def assemble(
     Raises:
         UserError: as `load`.
     """
-    table, notes = manifest.table, manifest.notes
+    notes = manifest.notes
+    table = _with_patients(manifest.table, notes)
     divide = divide or _split_of_config
     if "split" in table and "patient" in table:
         problems = splits.crossing(table, "patient", "patient in a later split too")
@@ -298,6 +308,21 @@ def _assigned(table: pd.DataFrame, positive: str, fractions: tuple[float, float,
     return splits.assign(groups, strata, positive, fractions, seed)
 
 
+def _with_patients(table: pd.DataFrame, notes: list[str]) -> pd.DataFrame:
+    """Where the patient is not stated, each case counts as a patient of its own: its images stay together."""
+    stated = table["patient"] if "patient" in table else pd.Series("", index=table.index)
+    if "case" not in table or bool((stated != "").all()):
+        return table
+    unknown = table["row"][(stated == "") & (table["case"] != "")].tolist()
+    which = rows_text(unknown) if "patient" in table else "no patient column"
+    notes.append(
+        f"{which}: each case counts as a patient of its own, and figures may be too good where one has several "
+        "(--data.patient COLUMN)"
+    )
+    case = table["case"].where(table["case"] == "", "case " + table["case"])
+    return table.assign(patient=stated.where(stated != "", case))
+
+
 def _note_patients(table: pd.DataFrame, notes: list[str]) -> None:
     if "patient" not in table:
         what = "images of one patient may be in two splits" if "split" in table else "the split is by image"
@@ -316,7 +341,7 @@ def _data_set(
         labels=(table["label"] == manifest.positive).to_numpy(np.int64),
         class_codes=np.array([manifest.classes.index(label) for label in table["label"]], np.int64),
         patients=_codes(table, "patient"),
-        has_patients="patient" in table,
+        has_patients="patient" in manifest.table,
         cases=_codes(table, "case") if "case" in table else None,
         views=table["view"].to_numpy(str) if "view" in table else None,
         sides=table["side"].to_numpy(str) if "side" in table else None,
@@ -329,6 +354,7 @@ def _data_set(
         pixels_path=decoded.path,
         positions=table["position"].to_numpy(np.int64),
         content=np.array([int(found[:16], 16) for found in table["pixels"]], np.uint64),
+        patient_keys=_patient_keys(table),
         seen_sides=_seen_sides(table) if "side" in table else None,
         groups=_texts(table, "group "),
         readers=_texts(table, "reader "),
@@ -345,6 +371,12 @@ def _codes(table: pd.DataFrame, column: str) -> np.ndarray:
     own = "row " + table["row"].astype(str)
     keys = pd.Series(list(zip(names, own.where(names == "", ""), strict=True)))
     return pd.factorize(keys)[0].astype(np.int64)
+
+
+def _patient_keys(table: pd.DataFrame) -> np.ndarray:
+    names = table["patient"].tolist() if "patient" in table else [""] * len(table)
+    hashes = {name: hashlib.sha256(f"raymed patient: {name}".encode()).hexdigest()[:16] for name in set(names)}
+    return np.array([int(hashes[name], 16) if PSEUDONYM.fullmatch(name) else 0 for name in names], np.uint64)
 
 
 def _seen_sides(table: pd.DataFrame) -> np.ndarray:

@@ -20,10 +20,10 @@ from pathlib import Path
 
 from raymed.config import UserError, check_range
 from raymed.data.phantom_hospital_images import Stored, write_ct, write_study
-from raymed.data.phantom_hospital_register import SITES, SMALLEST, WITH_CT, Study, draw_register
+from raymed.data.phantom_hospital_register import SMALLEST, WITH_CT, Study, draw_register, site_of
 from raymed.data.phantom_hospital_sheet import key_in_sheet, write_mapping, write_sheet
 
-_VERSION = 1  # counts up when the same parameters give another hospital
+_VERSION = 2  # counts up when the same parameters give another hospital
 _RECORD = "hospital.json"
 
 
@@ -71,7 +71,7 @@ def _write(folder: Path, studies: list[Study], seed: int, size: int) -> None:
     import pandas as pd
 
     images = folder / "images"
-    rows = [_truth(study, stored) for study in studies for stored in _objects(images, study, seed, size)]
+    rows = [_truth(study, stored, seed) for study in studies for stored in _objects(images, study, seed, size)]
     (images / "Thumbs.db").write_bytes(b"\xd0\xcf\x11\xe0" + bytes(508))
     (images / "readme.txt").write_text("Export 2025-01-02\n")
     pd.DataFrame(rows).to_csv(folder / "truth.csv", index=False)
@@ -85,7 +85,7 @@ def _objects(images: Path, study: Study, seed: int, size: int) -> Iterator[Store
         yield write_ct(images, study, seed)
 
 
-def _truth(study: Study, stored: Stored) -> dict[str, object]:
+def _truth(study: Study, stored: Stored, seed: int) -> dict[str, object]:
     return {
         "image": stored.path,
         "study": study.number,
@@ -96,7 +96,7 @@ def _truth(study: Study, stored: Stored) -> dict[str, object]:
         "name": study.person.name,
         "roman": study.person.roman,
         "modality": stored.modality,
-        "site": SITES[study.site],
+        "site": site_of(study, seed),
         "year": study.day.year,
         "age": study.age,
         "view": stored.view,

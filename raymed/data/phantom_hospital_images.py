@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.random import Generator, default_rng
 
-from raymed.data.phantom_hospital_register import SITES, Study
+from raymed.data.phantom_hospital_register import Study, site_of
 from raymed.data.phantoms import VIEWS, hsg
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def _identity(study: Study, seed: int, modality: str, instance: int) -> "Dataset
     ds.PatientID, ds.PatientSex, ds.PatientAge = study.patient_id, "F", f"{study.age:03d}Y"
     ds.PatientBirthDate, ds.StudyDate, ds.StudyTime = f"{study.person.born:%Y%m%d}", f"{study.day:%Y%m%d}", "101500"
     ds.AccessionNumber, ds.StudyID, ds.StudyDescription = study.accession, "1", "Hysterosalpingography"
-    ds.Modality, ds.InstitutionName, ds.ReferringPhysicianName = modality, SITES[study.site], ""
+    ds.Modality, ds.InstitutionName, ds.ReferringPhysicianName = modality, site_of(study, seed), ""
     ds.SeriesNumber, ds.InstanceNumber = 1 + (modality == "CT"), instance
     return ds
 

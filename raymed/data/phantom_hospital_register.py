@@ -29,7 +29,11 @@ _GIVEN = {
     **{"유나": "Yuna", "보라": "Bora", "하늘": "Haneul", "다은": "Daeun", "미경": "Mikyung", "영희": "Younghee"},
 }
 _FIRST_DAY, _NUM_DAYS = date(2021, 1, 4), 4 * 365 - 10
-SITES = ("Hanbit University Hospital", "Namsan Women's Clinic")
+SITES = (
+    ("Hanbit University Hospital", "Namsan Women's Clinic"),
+    ("Saebyeok Medical Center", "Doran Women's Clinic"),
+)
+"""Where examinations are made with an even seed, and with an odd one."""
 TEXTS: tuple[str, ...] = ("none", "none", "none", "denied", "stated", "unsaid")
 """Burned-in text and what BurnedInAnnotation says of it: no text and no tag, three times as often; no text, NO; text,
 YES; text, no tag."""
@@ -92,6 +96,11 @@ ZEROS_LOST, TWICE, MISTYPED = 6, 7, 8
 WITH_CT, TELLING, LIE = 9, 10, 11
 """Studies with a CT object among them, with the name in a description, and with text that the tag denies."""
 SMALLEST = 12
+
+
+def site_of(study: Study, seed: int) -> str:
+    """The name of the place where a study was made."""
+    return SITES[seed % len(SITES)][study.site]
 
 
 def draw_register(num_studies: int, seed: int) -> list[Study]:

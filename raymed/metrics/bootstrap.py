@@ -94,19 +94,21 @@ def paired_bootstrap_difference(
     return bootstrap_ci([difference(a, b) for a, b in zip(statistics, baseline, strict=True)], groups, **options)
 
 
-def summarise_seeds(predictions: Sequence[Prediction], **options) -> dict[str, Figure]:
-    """Figures of `binary_metrics` (less the threshold) over seeds. Options: n_boot, seed, level of `bootstrap_ci`."""
-    groups, unit = groups_of(predictions)
-    return bootstrap_ci(statistics_of(predictions), groups, unit=unit, **options)
+def summarise_seeds(predictions: Sequence[Prediction], unit: str | None = None, **options) -> dict[str, Figure]:
+    """Figures of `binary_metrics` (less the threshold) over seeds. unit: what patients are, where not that. Options:
+    n_boot, seed, level of `bootstrap_ci`."""
+    groups, known = groups_of(predictions)
+    return bootstrap_ci(statistics_of(predictions), groups, unit=unit or known, **options)
 
 
 def summarise_difference(
-    predictions: Sequence[Prediction], baseline: Sequence[Prediction], **options
+    predictions: Sequence[Prediction], baseline: Sequence[Prediction], unit: str | None = None, **options
 ) -> dict[str, Figure]:
-    """Figures of how much higher each metric is than the baseline's; seed s of both over the same rows, in order."""
-    groups, unit = groups_of(predictions)
+    """Figures of how much higher each metric is than the baseline's; seed s of both over the same rows, in order.
+    unit, options: as of `summarise_seeds`."""
+    groups, known = groups_of(predictions)
     statistics = statistics_of(predictions), statistics_of(baseline)
-    return paired_bootstrap_difference(*statistics, groups, unit=unit, **options)
+    return paired_bootstrap_difference(*statistics, groups, unit=unit or known, **options)
 
 
 def mean_statistic(name: str, values: np.ndarray) -> Statistic:

@@ -137,6 +137,7 @@ class DecisionFigure(Figure):
     analytic_low: float
     analytic_high: float
     method: Literal["Wilson", "log"]
+    independent: bool  # no patient has two rows: the analytic interval is the one to quote
 
 
 def decision_figures(
@@ -176,9 +177,8 @@ def decision_figures(
     """
     decided, targets = _checked(decided, targets)
     figures = bootstrap_ci([decision_statistic(decided, targets, prevalences)], [patients], level=level, **options)
-    figures["lr_positive"] = _lr_positive(decided, targets, patients, level, options)
+    figures |= _likelihood_ratios(decided, targets, patients, level, options)
     tp, fn, fp, tn = confusion(decided, targets).values()
-    figures["lr_negative"]["mean"] = _divided(fn * (fp + tn), tn * (tp + fn))
     counts = {
         "sensitivity": (tp, tp + fn),
         "specificity": (tn, tn + fp),
@@ -194,10 +194,12 @@ def decision_figures(
         (low, high), (negative_low, negative_high) = ratios["lr_positive"], ratios["lr_negative"]
         ratios[f"ppv_at_{p:g}"] = _posterior(p, low), _posterior(p, high)
         ratios[f"npv_at_{p:g}"] = 1 - _posterior(p, negative_high), 1 - _posterior(p, negative_low)
-    return {
+    found = {
         name: _with_interval(figures[name], *wilson(count, total, level), "Wilson", count, total)
         for name, (count, total) in counts.items()
     } | {name: _with_interval(figures[name], *interval, "log") for name, interval in ratios.items()}
+    independent = len(np.unique(patients)) == len(patients)
+    return {name: cast(DecisionFigure, {**figure, "independent": independent}) for name, figure in found.items()}
 
 
 def decision_statistic(decided: ArrayLike, targets: ArrayLike, prevalences: Sequence[float] = ()) -> Statistic:
@@ -305,22 +307,30 @@ def ratio_interval(a: int, num_a: int, b: int, num_b: int, level: float = 0.95) 
     return (math.exp(centre - half) if a else 0.0), (math.exp(centre + half) if b else math.inf)
 
 
-def _lr_positive(
+def _likelihood_ratios(
     decided: np.ndarray, targets: np.ndarray, patients: np.ndarray, level: float, options: Mapping[str, Any]
-) -> Figure:
-    """By way of its inverse, which is 0 and not infinite in resamples without a false positive: left out, they would
-    make the upper end too low."""
+) -> dict[str, Figure]:
+    """lr_positive and lr_negative by way of the share a / (a + b) of a ratio a / b, which is defined also in resamples
+    where the ratio is infinite: left out, they would make an interval too narrow."""
     cells = _cells(decided, targets)
 
-    def inverse(counts: np.ndarray) -> dict[str, np.ndarray]:
+    def parts(counts: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         tp, fn, fp, tn = np.einsum("rn,nk->kr", counts, cells)
-        return {"inverse": _ratio(fp * (tp + fn), tp * (fp + tn))}
+        return {
+            "lr_positive": (tp * (fp + tn), fp * (tp + fn)),
+            "lr_negative": (fn * (fp + tn), tn * (tp + fn)),
+        }
 
-    figure = bootstrap_ci([inverse], [patients], level=level, **options)["inverse"]
-    tp, fn, fp, tn = cells.sum(axis=0)
-    figure["mean"] = _divided(tp * (fp + tn), fp * (tp + fn))
-    figure["ci_low"], figure["ci_high"] = _divided(1, figure["ci_high"]), _divided(1, figure["ci_low"])
-    return figure
+    def shares(counts: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: _ratio(a, a + b) for name, (a, b) in parts(counts).items()}
+
+    found = bootstrap_ci([shares], [patients], level=level, **options)
+    for name, (a, b) in parts(np.ones((1, len(cells)))).items():
+        figure = found[name]
+        figure["mean"] = _divided(a.item(), b.item())
+        for end in ("ci_low", "ci_high"):
+            figure[end] = _divided(figure[end], 1 - figure[end])
+    return found
 
 
 def _with_interval(

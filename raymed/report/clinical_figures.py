@@ -39,15 +39,19 @@ class Level:
     """What was found where each row is an image, a case, ...
 
     Scores are probabilities of the positive class, the threshold is on their scale: a row is decided positive when
-    score >= threshold.
+    score >= threshold. In a cross-validation each fold has a threshold, and several repeats have figures together:
+    scores and targets are then those of one repeat.
     """
 
     name: str  # "image", "case+side", "case", "patient"
     scores: np.ndarray  # (N,)
     targets: np.ndarray  # (N,) of {0, 1}
-    threshold: float
-    figures: Mapping[str, Figure]  # metric -> figure, with an interval by patient
+    threshold: float  # nan where rows have thresholds of their own
+    figures: Mapping[str, Figure]  # metric -> figure, with an interval by patient; means over the repeats
     num_patients: int | None = None
+    thresholds: np.ndarray | None = None  # (N,) by which each row was decided, where they differ
+    num_repeats: int = 1
+    own: Mapping[str, Figure] = field(default_factory=dict)  # of these very scores, where there are several repeats
 
     @property
     def unit(self) -> str:
@@ -67,7 +71,12 @@ class Level:
     @property
     def decided(self) -> np.ndarray:
         """(N,) bool."""
-        return np.asarray(self.scores) >= self.threshold
+        return np.asarray(self.scores) >= (self.threshold if self.thresholds is None else self.thresholds)
+
+    @property
+    def drawn(self) -> Mapping[str, Figure]:
+        """Figures of what is drawn: `own` where `figures` are means over repeats."""
+        return self.own or self.figures
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class CalibrationCurve:
 
     bins: Sequence[Mapping[str, Any]]  # mean_score, fraction of positives, its analytic_low and analytic_high
     figures: Mapping[str, Figure] = field(default_factory=dict)
+    scores: np.ndarray | None = None  # (N,) the probabilities that were grouped; None = those of the level
 
 
 def roc_pr(path: Path, levels: Sequence[Level], readers: Mapping[str, Mapping[str, Figure]]) -> None:
@@ -83,7 +93,7 @@ def roc_pr(path: Path, levels: Sequence[Level], readers: Mapping[str, Mapping[st
 
     readers: name -> "sensitivity", "specificity"; their intervals are drawn as a cross.
     """
-    with figure(path, 8.4, 4.6) as drawn:
+    with figure(path, 8.4, 4.6 + 0.2 * max(len(levels) + len(readers) - 2, 0)) as drawn:
         roc, pr = drawn.subplots(1, 2)
         for level, (color, width) in zip(levels, ((BLUE, 2.0), (GREY, 1.2)), strict=False):
             _draw_curves(roc, pr, level, color, width)
@@ -95,15 +105,16 @@ def roc_pr(path: Path, levels: Sequence[Level], readers: Mapping[str, Mapping[st
         pr.set(title="Precision-recall", xlabel="Sensitivity (recall)", ylabel="PPV (precision)")
         for axes in (roc, pr):
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal")
-        roc.legend(loc="lower right")
-        pr.legend(loc="lower left")
+            axes.legend(loc="upper left", bbox_to_anchor=(0, -0.16), borderaxespad=0)  # curves may lie anywhere
 
 
 def calibration_curve(path: Path, curves: Mapping[str, CalibrationCurve], level: Level) -> None:
     """Observed fraction against predicted probability with Wilson intervals; below, the scores of both classes.
 
-    curves: such as "before" and "after" recalibration. The histogram is of the level's scores.
+    curves: such as "before" and "after" recalibration. The histogram is of the last one's scores.
     """
+    last = list(curves.values())[-1].scores
+    scores = level.scores if last is None else last
     with figure(path, 5.4, 5.6) as drawn:
         upper, lower = drawn.subplots(2, 1, height_ratios=[4, 1], sharex=True)
         upper.plot([0, 1], [0, 1], color=GREY, linestyle=":", linewidth=1.2)
@@ -112,7 +123,7 @@ def calibration_curve(path: Path, curves: Mapping[str, CalibrationCurve], level:
         upper.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), ylabel="Observed fraction of positives")
         upper.legend(loc="lower right")
         for target, sign, color, name in ((1, 1, VERMILION, "positive"), (0, -1, SKY, "negative")):
-            counts, _ = np.histogram(level.scores[level.targets == target], _BINS)
+            counts, _ = np.histogram(scores[level.targets == target], _BINS)
             lower.bar(_BINS[:-1], sign * counts, np.diff(_BINS) * 0.9, align="edge", color=color, label=name)
         lower.axhline(0, color="black", linewidth=0.6)
         lower.yaxis.set_major_formatter(lambda value, _: f"{abs(value):g}")
@@ -124,7 +135,8 @@ def decision_curve(path: Path, curve: Mapping[str, np.ndarray], threshold: float
     """Net benefit of deciding by the model, of treating all, and of treating none, against the threshold probability.
 
     curve: (T,) arrays thresholds, model, model_low, model_high, treat_all, and gain_low: the lower end of the interval
-    of how much the model is above both others. Where that is above 0 a bar is drawn. A line marks the operating point.
+    of how much the model is above both others. Where that is above 0 a bar is drawn. A line marks the operating point,
+    unless that is nan: folds have several.
     """
     at, model = curve["thresholds"], curve["model"]
     highest = max(np.nanmax(model), curve["treat_all"][0], 0.01)
@@ -135,7 +147,8 @@ def decision_curve(path: Path, curve: Mapping[str, np.ndarray], threshold: float
         axes.plot(at, curve["treat_all"], color=ORANGE, linewidth=1.2, label="treat all")
         axes.axhline(0, color="black", linewidth=1, label="treat none")
         axes.plot(at, model, color=BLUE, label="model")
-        axes.axvline(threshold, color=GREY, linestyle=":", linewidth=1.2, label="operating point")
+        if not math.isnan(threshold):
+            axes.axvline(threshold, color=GREY, linestyle=":", linewidth=1.2, label="operating point")
         if (better := curve["gain_low"] > 0).any():
             line = np.where(better, 0.92 * bottom, np.nan)
             axes.plot(at, line, color=GREEN, linewidth=4, solid_capstyle="butt", label="model above both")
@@ -206,8 +219,11 @@ def bayes(sensitivity: float, specificity: float, prevalence: np.ndarray) -> tup
 
 
 def widest(of_metric: Figure) -> Figure:
-    """The figure with the wider end of its two intervals at each side: at 0 and 1 no resample of a bootstrap differs,
-    and the analytic interval takes rows of one patient for independent."""
+    """The figure with its analytic interval where rows are independent, otherwise with the wider end of its two at each
+    side: at 0 and 1 no resample of a bootstrap differs, and the analytic interval takes rows of one patient for
+    independent."""
+    if of_metric.get("independent"):
+        return {**of_metric, "ci_low": of_metric["analytic_low"], "ci_high": of_metric["analytic_high"]}
     lows = [number(of_metric[end]) for end in ("ci_low", "analytic_low") if end in of_metric]
     highs = [number(of_metric[end]) for end in ("ci_high", "analytic_high") if end in of_metric]
     return {**of_metric, "ci_low": min(lows), "ci_high": max(highs)}
@@ -229,9 +245,9 @@ def precision_steps(scores: np.ndarray, targets: np.ndarray) -> tuple[np.ndarray
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, _ = precision_recall_curve(targets, scores)
-    precision, recall = precision[::-1].copy(), recall[::-1]
-    precision[0] = precision[1]  # the library adds a precision of 1 at recall 0, which no threshold has
-    return recall, precision
+    precision, recall = precision[::-1], recall[::-1]
+    gains = np.flatnonzero(np.diff(recall)) + 1
+    return np.append(0.0, recall[gains]), np.append(precision[gains[0]], precision[gains])
 
 
 def _draw_curves(roc: Axes, pr: Axes, level: Level, color: str, width: float) -> None:
@@ -247,7 +263,7 @@ def _draw_curves(roc: Axes, pr: Axes, level: Level, color: str, width: float) ->
 
 
 def _legend(level: Level, metric: str) -> str:
-    of_metric = level.figures.get(metric)
+    of_metric = level.drawn.get(metric)
     value = "" if of_metric is None else f", {label(metric)} {decimal(of_metric['mean'])} [{interval(of_metric)}]"
     return f"{level.unit}s{value}"
 

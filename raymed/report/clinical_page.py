@@ -57,7 +57,7 @@ METRICS = {
 _GLANCE = ("sensitivity", "specificity", "npv", "auroc")
 _SYNONYMS = ("recall", "precision")
 _NONE = Cell("n/a")
-_BELOW = "95 % interval below, the wider of bootstrap and analytic"
+_BELOW = "95 % interval below"
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,8 @@ class ClinicalRecord:
     """Readers, such as "A, B" -> "kappa" and "agreement"."""
     subgroups: Sequence[Subgroup] = ()
     cases: Sequence[Case] = ()  # those of the gallery
+    shown: str = ""
+    """What curves, counts, subgroups and gallery are of, where figures are means over repeats: "repeat 2 of 3, ..."."""
     read_again: Sequence[Doubt] = ()
     tone: Literal["good", "open", "neutral"] = "neutral"
     more: Sequence[str] = ()  # sentences that qualify the first
@@ -125,29 +127,36 @@ def write_clinical_page(folder: Path, record: ClinicalRecord) -> Path:
     return write_page(folder / "evaluation.html", record.title, record.data, lead, sections)
 
 
-def headline_table(levels: Sequence[Level]) -> Table:
-    """Metrics of each level with their bootstrap intervals; of the first level also the analytic ones."""
+def headline_table(levels: Sequence[Level], shown: str = "") -> Table:
+    """Metrics of each level with their bootstrap intervals; of the first level also the analytic ones, and, where they
+    are means over repeats, those of the repeat that is shown."""
     first, *others = levels
     analytic = any("analytic_low" in of_metric for of_metric in first.figures.values())
-    header = ["", f"by {first.unit}", *(["analytic interval"] if analytic else []), *(f"by {v.unit}" for v in others)]
+    beside = ["analytic interval"] * analytic + ["the repeat shown"] * bool(first.own)
+    header = ["", _column(first), *beside, *map(_column, others)]
     rows: list[list[str | Cell]] = [
-        [text, count(first), *([""] if analytic else []), *map(count, others)]
+        [text, count(first), *([""] * len(beside)), *map(count, others)]
         for text, count in (("evaluated", _evaluated), ("positive", _positive))
     ]
     for metric in _metrics(levels):
-        beside = [_analytic(first.figures.get(metric))] if analytic else []
+        told = [_analytic(first.figures.get(metric))] if analytic else []
+        told += [_cell(first.own.get(metric))] if first.own else []
         rows.append(
-            [_label(metric), _cell(first.figures.get(metric)), *beside, *(_cell(v.figures.get(metric)) for v in others)]
+            [_label(metric), _cell(first.figures.get(metric)), *told, *(_cell(v.figures.get(metric)) for v in others)]
         )
     caption = (
         "Decisions at the operating point, and what all scores are worth; below each, its 95 % bootstrap interval by "
-        f"{_resampled(levels)}."
+        f"{_resampled(levels)}{' and repeat' if first.own else ''}."
     )
     if analytic:
         caption += (
             f" The analytic interval takes each {first.unit} as independent of the others: with one a patient it is "
             "the one to quote, with several the wider of the two."
         )
+    if analytic and first.own:
+        caption += f" Repeats decide about the same {first.unit}s, which it counts once."
+    if shown:
+        caption += f" Curves, counts, subgroups and gallery are of {shown}: its figures stand beside."
     return Table(header, rows, caption)
 
 
@@ -171,7 +180,7 @@ def reader_table(record: ClinicalRecord) -> Table:
     ]
     of_model = {"reference": record.levels[0].figures}
     found = (_wide_cell(of_model.get(against, {}).get(metric), Cell("")) for against, metric in columns)
-    rows.append([Cell("model", mark="best"), *found])
+    rows.append([Cell("model", _mean_of(record.levels[0]), mark="best"), *found])
     caption = (
         f"Each reader against the reference standard, and against the consensus of the other readers; {_BELOW}. "
         "A reader whose reading is part of the reference standard agrees with it by construction."
@@ -185,17 +194,13 @@ def reader_table(record: ClinicalRecord) -> Table:
 
 def _results(folder: Path, record: ClinicalRecord) -> list[Block]:
     path = folder / "confusion.png"
-    confusion(
-        path,
-        {f"by {level.unit}": [(level.scores, level.targets)] for level in record.levels},
-        {f"by {level.unit}": [level.threshold] for level in record.levels},
-        record.classes,
-    )
+    decisions = {f"by {level.unit}": [(level.decided.astype(float), level.targets)] for level in record.levels}
+    confusion(path, decisions, dict.fromkeys(decisions, [0.5]), record.classes)
     return [
-        headline_table(record.levels),
+        headline_table(record.levels, record.shown),
         _curves(folder, record),
         *([Facts(record.operating, "Operating point")] if record.operating else []),
-        Picture(path, "Counts at the operating point, and their share of the row."),
+        Picture(path, f"Counts at the operating point, and their share of the row.{_of_shown(record)}"),
     ]
 
 
@@ -210,7 +215,9 @@ def _curves(folder: Path, record: ClinicalRecord) -> Block:
         caption += f" Grey: by {record.levels[1].unit}."
     if readers:
         caption += " Other marks are readers, with their 95 % intervals."
-    return Picture(path, caption)
+    if record.levels[0].thresholds is not None:
+        caption += " Each fold has its own threshold, so a disc may lie beside its curve."
+    return Picture(path, caption + _of_shown(record))
 
 
 def _predictive_values(folder: Path, record: ClinicalRecord) -> list[Block]:
@@ -222,6 +229,7 @@ def _predictive_values(folder: Path, record: ClinicalRecord) -> list[Block]:
     draw.predictive_values(path, sensitivity, specificity, float(np.mean(first.targets)), record.at_prevalence)
     caption = (
         "PPV and NPV against prevalence, from sensitivity and specificity at the operating point (Bayes' theorem)."
+        + _of_shown(record)
     )
     blocks: list[Block] = [Picture(path, caption)]
     if record.at_prevalence:
@@ -239,6 +247,7 @@ def _calibration(folder: Path, record: ClinicalRecord) -> list[Block]:
     draw.calibration_curve(path, record.calibration, record.levels[0])
     caption = (
         f"Observed against predicted, {record.unit}s grouped by prediction, with 95 % Wilson intervals; below, scores."
+        + _of_shown(record)
     )
     names = list(dict.fromkeys(name for curve in record.calibration.values() for name in curve.figures))
     rows = [[way, *(_wide_cell(of.figures.get(name)) for name in names)] for way, of in record.calibration.items()]
@@ -256,6 +265,7 @@ def _decision(folder: Path, record: ClinicalRecord) -> list[Block]:
         "treating none. The threshold probability is that from which on one would treat; the model helps where its "
         "line is highest. Green: the 95 % interval of how much it is above both others excludes 0."
     )
+    caption += _of_shown(record)
     return [Picture(path, caption)]
 
 
@@ -273,10 +283,11 @@ def _subgroups(folder: Path, record: ClinicalRecord) -> list[Block]:
         return []
     path, first = folder / "subgroups.png", record.levels[0]
     counts = {"group": "all", "num": len(first.targets), "num_positive": first.num_positive}
-    draw.subgroup_forest(path, record.subgroups, {**counts, **first.figures})
+    draw.subgroup_forest(path, record.subgroups, {**counts, **first.drawn})
     caption = (
         f"By subgroup, with 95 % intervals and the numbers of {record.unit}s. Dotted: all of them. Too few: no figure "
         "is told where a class has too few patients. Intervals are not corrected for how many there are."
+        + _of_shown(record)
     )
     return [Picture(path, caption), subgroup_table(record)]
 
@@ -287,6 +298,7 @@ def _gallery(record: ClinicalRecord) -> list[Block]:
     views = [view for case in record.cases for view in case.views]
     said = [HEAT_MAP_SENTENCE] if any(view.heat_map is not None for view in views) else []
     said += [sentence] if (sentence := randomisation_sentence(record.cases)) else []
+    said += [f"Decisions and scores are those of {record.shown}."] if record.shown else []
     return [*map(Text, said), case_gallery(record.cases, record.levels[0].threshold, record.classes)]
 
 
@@ -298,6 +310,18 @@ def _numbers(record: ClinicalRecord) -> dict[str, str]:
         if of_metric := first.figures.get(metric):
             found[f"{METRICS[metric]}, 95 % CI {_in_words(draw.widest(of_metric))}"] = decimal(of_metric["mean"])
     return found
+
+
+def _of_shown(record: ClinicalRecord) -> str:
+    return f" Of {record.shown}." if record.shown else ""
+
+
+def _column(level: Level) -> str:
+    return ", ".join(filter(None, [f"by {level.unit}", _mean_of(level)]))
+
+
+def _mean_of(level: Level) -> str:
+    return f"mean of {level.num_repeats} repeats" if level.num_repeats > 1 else ""
 
 
 def _metrics(levels: Sequence[Level]) -> list[str]:

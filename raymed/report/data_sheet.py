@@ -132,7 +132,7 @@ def _flow(sheet: _Sheet) -> list[Block]:
     caption += " One file may be several images." if last[1] < num else ""
     path = sheet.figures / "flow.png"
     draw.flow(path, [*steps, last], {split: _held(sheet, split) for split in _splits(sheet)})
-    told = "; ".join(f"{text}: {num:,}" for text, num in (*steps, last))
+    told = "; ".join(f"{text} (n = {num:,})" for text, num in (*steps, last))
     return [Picture(path, caption, told)]
 
 
@@ -248,8 +248,7 @@ def _gallery(sheet: _Sheet, name: str, augment: Augment | None) -> list[Block]:
             continue
         path = sheet.figures / f"{name}_{position}.png"
         draw.tiles(path, _received(sheet, indices, augment), [f"row {row}" for row in sheet.data.rows[indices]])
-        how = "the same, as changed in one step of training" if augment else "drawn at random from the training split"
-        blocks.append(Picture(path, f"{label}: {counted(len(indices), 'image')}, {how}."))
+        blocks.append(Picture(path, f"{label}: {_which(sheet.data, label, len(indices), augment)}."))
     if not blocks:
         return []
     size = sheet.data.preprocess.size
@@ -260,6 +259,17 @@ def _gallery(sheet: _Sheet, name: str, augment: Augment | None) -> list[Block]:
         "step. What tells the classes apart must still be there."
     )
     return [Text(said), *blocks]
+
+
+def _which(data: DataSet, label: str, num: int, augment: Augment | None) -> str:
+    """The images of a class that are shown, in words."""
+    images = counted(num, "image")
+    if augment is not None:
+        return f"{images}, the same, as changed in one step of training"
+    of_class = int((data.class_codes[data.splits["train"]] == data.classes.index(label)).sum())
+    if num == of_class:
+        return f"{images}, all of the training split"
+    return f"{images}, drawn at random from the {of_class:,} of the training split"
 
 
 def _received(sheet: _Sheet, indices: np.ndarray, augment: Augment | None = None) -> list[np.ndarray]:
@@ -332,5 +342,7 @@ def _duplicates(sheet: _Sheet) -> list[Block]:
 
 def _notes(sheet: _Sheet) -> list[Block]:
     facts = {"data fingerprint": sheet.data.fingerprint} | flatten(to_dict(sheet.data.preprocess))
+    for name in ("mean", "std"):
+        facts[name] = [f"{value:.4f}" for value in facts[name]] if facts.get(name) else None
     notes: list[Block] = [Bullets(sheet.data.notes)] if sheet.data.notes else []
     return [*notes, Facts(facts, "Preprocessing"), Facts(flatten(to_dict(sheet.augment)), "Augmentation")]

@@ -40,7 +40,8 @@ def flow(path: Path, steps: Sequence[tuple[str, int]], parts: Mapping[str, str])
         for position, (reason, num) in enumerate(left_out):
             y = -(0.5 + _STEP * (position + 0.7))
             _line(axes, (middle, y), (middle + 0.6, y), arrow=True)
-            text = "\n".join(textwrap.wrap(_plain(f"{reason}: {num:,}"), 44, max_lines=2, placeholder=" …"))
+            said = f"{reason} (n\u00a0=\u00a0{num:,})"
+            text = "\n".join(textwrap.wrap(_plain(said), 48, max_lines=2, placeholder=" …"))
             axes.text(middle + 0.68, y, text, va="center", color=_INK)
         _box(axes, middle, -0.25, f"{found[0]}\n{found[1]:,}", GREY)
         _box(axes, middle, bottom - 0.25, f"{used[0]}\n{used[1]:,}", GREY)
@@ -123,7 +124,7 @@ def _line(axes: Axes, start: tuple[float, float], end: tuple[float, float], arro
     axes.annotate("", end, start, arrowprops=style)
 
 
-def _shortened(text: str, length: int = 18) -> str:
+def _shortened(text: str, length: int = 26) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 

@@ -46,19 +46,23 @@ class Case:
     score: float  # on the scale of the threshold
     views: Sequence[View] = ()
     facts: Mapping[str, str] = field(default_factory=dict)  # "site" -> "Seoul"
+    threshold: float | None = None  # by which it was decided; None = the one of all
 
 
-def choose_cases(scores: np.ndarray, targets: np.ndarray, threshold: float, most: int = 12) -> dict[str, list[int]]:
+def choose_cases(
+    scores: np.ndarray, targets: np.ndarray, threshold: float | np.ndarray, most: int = 12
+) -> dict[str, list[int]]:
     """Which of N cases to show: {one of `RESULTS`: their positions}, at most `most` of each, the surest decision first.
 
     So wrong decisions begin with the gravest, and right ones are the most confident.
 
     Args:
         scores: (N,) float. targets: (N,) of {0, 1}. A case is decided positive when score >= threshold.
+        threshold: of all cases, or (N,) of each.
     """
-    scores, targets = np.asarray(scores), np.asarray(targets)
-    results = np.array([result_of(bool(y), s, threshold) for s, y in zip(scores, targets, strict=True)])
-    surest = np.where(scores >= threshold, -scores, scores)
+    scores, thresholds = np.asarray(scores), np.broadcast_to(threshold, np.shape(scores))
+    results = np.array([result_of(bool(y), s, t) for s, y, t in zip(scores, targets, thresholds, strict=True)])
+    surest = np.where(scores >= thresholds, -scores, scores)
     order = np.argsort(surest, kind="stable")
     return {result: order[results[order] == result][:most].tolist() for result in RESULTS}
 
@@ -74,10 +78,10 @@ def case_gallery(
 ) -> Gallery:
     """Cards of the cases, those decided wrongly first, with filters by result and by each fact.
 
-    classes: what targets 0 and 1 are called.
+    threshold: of cases that have none of their own. classes: what targets 0 and 1 are called.
     """
-    ordered = sorted(cases, key=lambda case: RESULTS.index(result_of(case.positive, case.score, threshold)))
-    return Gallery([_card(case, threshold, classes) for case in ordered])
+    cards = [_card(case, threshold if case.threshold is None else case.threshold, classes) for case in cases]
+    return Gallery(sorted(cards, key=lambda card: RESULTS.index(card.mark)))
 
 
 def randomisation_sentence(cases: Sequence[Case]) -> str:

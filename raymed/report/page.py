@@ -172,7 +172,7 @@ class Lead:
 
 def repeat_blocks(command: str, environment: Mapping[str, Any], config: Any) -> list[Block]:
     """What it takes to do it again, as far as it is known."""
-    blocks: list[Block] = [Code(command, "The command that repeats this, or goes on with it:")] if command else []
+    blocks: list[Block] = [Code(command, "The command that repeats this:")] if command else []
     if environment:
         blocks.append(Facts(flatten(environment), "Environment"))
     if config is not None:

@@ -30,8 +30,8 @@ class Doubt:
 def find_doubts(
     names: Sequence[str],
     scores: np.ndarray,
+    decided: np.ndarray,
     targets: np.ndarray,
-    threshold: float,
     num_images: np.ndarray,
     classes: tuple[str, str] = ("negative", "positive"),
     most: int = 20,
@@ -41,10 +41,10 @@ def find_doubts(
     Args:
         names: N pseudonyms. targets: (N,) of {0, 1}. num_images: (N,) int.
         scores: (R, N) out-of-fold probabilities of the positive class, in R repeats of a cross-validation.
-        threshold: decided positive when score >= threshold.
+        decided: (R, N) bool, decided positive: each fold has its threshold.
         classes: what targets 0 and 1 are called. most: how many are listed.
     """
-    wrong = ((scores >= threshold) != (targets == 1)).sum(axis=0)
+    wrong = (decided != (targets == 1)).sum(axis=0)
     mean = scores.mean(axis=0)
     order = np.argsort(-np.abs(mean - targets), kind="stable")
     disputed: list[int] = order[wrong[order] > len(scores) / 2][:most].tolist()

@@ -6,6 +6,8 @@ and the manifest with the import.json beside it. What stands nowhere is a blank 
 """
 
 import json
+import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -29,18 +31,23 @@ from raymed.report.paper import (
     Split,
     Statistics,
     Study,
+    Training,
     cohort_of,
     config_facts,
 )
 from raymed.results.finished import FinishedRun
 from raymed.results.paper_facts import FACTS, read_facts
 from raymed.storage import exists
+from raymed.tasks.decide import ATTENTION
+from raymed.tracking.outbox import Outbox
 
 IMPORT = "import.json"
 _BESIDE = ("site", "scanner", "modality", "sex", "age", "year")
 _LEVEL, _RESAMPLES = 0.95, 2000  # of `raymed.metrics.bootstrap.bootstrap_ci`
 _KINDS = {"platt": "Platt scaling"}
 _PLACES = {"val": "the validation set"}
+_OUT_OF_FOLD = "the out-of-fold scores of the other folds"
+_INNER = "the validation scores of the inner folds"
 _SECOND_NAMES = {"recall": "sensitivity", "precision": "ppv"}
 
 
@@ -62,6 +69,7 @@ def paper_of(
     """
     bundle, unit = _bundle(training), _unit(training)
     known = config_facts(training.record.config)
+    known["training"] = _unmirrored(known["training"], unit)
     cohort, blanked = _cohort(training, unit)
     found, _ = read_facts(training.folder)
     if found:
@@ -77,7 +85,9 @@ def paper_of(
             "flow": _flow(training),
             "split": _split(training),
             "preprocessing": replace(known["preprocessing"], num_blanked=blanked),
-            "model": replace(known["model"], aggregate=_aggregate(training), num_parameters=_num_parameters(bundle)),
+            "model": replace(
+                known["model"], aggregate=_aggregate(training, bundle), num_parameters=_num_parameters(bundle)
+            ),
             "operating_point": _operating_point(training, bundle),
             "recalibration": _recalibration(training, bundle),
             "statistics": _statistics(training, bool(found)),
@@ -85,7 +95,7 @@ def paper_of(
             "comparison": _comparison(training),
             "software": _software(training),
             "hardware": _hardware(training),
-            "command": training.summary.get("command"),
+            "command": _command(training),
         }
         | found
     )
@@ -204,7 +214,8 @@ def _cohort(run: FinishedRun, unit: str, external: bool = False) -> tuple[dict[s
     if external or _folds(run):
         table["split"] = ""
     if unit not in ("image", "patient") and "case" not in table:
-        unit = "image"  # the manifest is gone, and with it what a case is
+        # The manifest is gone, and with it what a case is: images must not be told as if they were cases.
+        return {"all": Group(cohort_of(table, "image")["all"].counts)}, None
     blank = config.get("blank") or "blank_boxes"
     return cohort_of(table, unit), None if raw is None or blank not in raw else sum(map(bool, raw[blank].tolist()))
 
@@ -228,18 +239,28 @@ def _manifest(run: FinishedRun) -> Location | None:
 
 
 def _flow(run: FinishedRun) -> Flow | None:
-    """What the import beside the manifest counted, and what was left out after it."""
+    """What the import beside the manifest had counted when the run began, and what was left out after it."""
     path = _manifest(run)
     record = below(folder_of(path), IMPORT) if path else None
     if record is None or not exists(record):
         return None
-    told = json.loads(near(record).read_text())
+    now = json.loads(near(record).read_text())
+    before = [told for told in (*now.get("earlier", ()), now) if told.get("time", 0) <= _began(run)]
+    if not before:
+        return None
+    told = before[-1]
     (what, assessed), *steps = told["flow"]
     excluded = Counter(dict(steps[:-1]))
     left = told["counts"]["images"] - len(run.images)
     if left > 0 and told["counts"]["images"] == steps[-1][1]:  # one image a file: both count the same
         excluded["not used: duplicate or unusable"] += left
     return Flow(what.removesuffix("s"), assessed, dict(excluded), assessed - excluded.total())
+
+
+def _began(run: FinishedRun) -> float:
+    """When the run was first opened, in seconds since 1970; 0 where that is not recorded."""
+    records = Outbox(run.folder / "tracking.jsonl").records()
+    return min((record["time"] / 1000 for record in records if record["op"] == "open"), default=0.0)
 
 
 def _folds(run: FinishedRun) -> CrossValidation | None:
@@ -275,15 +296,29 @@ def _num_parameters(bundle: Bundle | None) -> int | None:
     return sum(parameter.numel() for parameter in load_classifier(bundle)[0].parameters())
 
 
-def _aggregate(run: FinishedRun) -> str | None:
-    return run.record.config["recipe"].get("decide", {}).get("aggregate")
+def _unmirrored(training: Training, unit: str) -> Training:
+    """What `ClassifierRecipe` does where sides are decided about: a mirrored image would be of the other side."""
+    if unit != "side" or not training.augmentation:
+        return training
+    return replace(training, augmentation=dict(training.augmentation) | {"flip": 0.0})
+
+
+def _aggregate(run: FinishedRun, bundle: Bundle | None) -> str | None:
+    """The rule. Attention is used only where it helped; of a cross-validation every fold has its own answer."""
+    rule = run.record.config["recipe"].get("decide", {}).get("aggregate")
+    if rule != ATTENTION:
+        return rule
+    if bundle is None:
+        return "attention_or_mean"
+    return rule if bundle.operating_point.get("attention", {}).get("applied") else "mean_of_logits"
 
 
 def _operating_point(run: FinishedRun, bundle: Bundle | None) -> OperatingPoint:
     """The model's; of a cross-validation the rule, since every fold has a threshold of its own."""
     if bundle is None:
         rule = run.record.config["recipe"].get("decide", {}).get("operating_point")
-        return OperatingPoint(rule, None, "the out-of-fold scores of the other folds" if _folds(run) else None)
+        source = _INNER if run.summary.get("nested") else _OUT_OF_FOLD
+        return OperatingPoint(rule, None, source if _folds(run) else None)
     point = bundle.operating_point
     return OperatingPoint(point.get("criterion"), point.get("threshold"), _chosen_on(point))
 
@@ -330,6 +365,20 @@ def _quoted(figures: Mapping[str, Any]) -> dict[str, Any]:
     """Without the second name of one and the same figure."""
     double = {second for second, first in _SECOND_NAMES.items() if first in figures}
     return {name: figure for name, figure in figures.items() if name not in double | {"threshold"}}
+
+
+def _command(run: FinishedRun) -> str | None:
+    """The command that repeats the run, of whose paths the last two parts are left: the rest is one machine's."""
+    command = run.summary.get("command")
+    if command is None:
+        return None
+    flags = [word.partition("=") for word in shlex.split(command)]
+    return shlex.join("".join((_shortened(flag), sign, _shortened(value))) for flag, sign, value in flags)
+
+
+def _shortened(text: str) -> str:
+    is_path = re.match(r"/|~|[a-z0-9]+://", text)
+    return "/".join([part for part in text.split("/") if part][-2:]) if is_path else text
 
 
 def _software(run: FinishedRun) -> dict[str, str | None]:

@@ -186,7 +186,7 @@ def answer_case(predictor: Predictor, case: Case, root: Path | None = None) -> A
             problems[image.name] = str(problem)
     predictions = dict(zip(pixels, predictor([*pixels.values()]), strict=True))
     together = predictor.case([*predictions.values()]) if predictions else None
-    rows = [_image_row(case, image.name, predictions.get(image.name), problems) for image in case.images]
+    rows = [_image_row(case, image, predictions.get(image.name), problems) for image in case.images]
     reasons = [*_reasons(predictor, predictions, together, problems)]
     return Answer(_case_row(case, together, reasons), tuple(rows))
 
@@ -195,16 +195,16 @@ def _case_row(case: Case, found: CasePrediction | None, reasons: Sequence[str]) 
     row = {"case": case.case, "side": case.side, "image": case.image, "patient": case.patient}
     row |= {"num_images": "0", "score": "", "threshold": "", "decision": "", "uncertain": ""}
     if found:
-        row |= {"num_images": str(len(found.images)), "score": f"{found.probability:.6f}"}
-        row |= {"threshold": f"{found.threshold:.6f}", "decision": found.decision, "uncertain": _yes(found.uncertain)}
+        row |= {"num_images": str(len(found.images)), "score": repr(found.probability)}
+        row |= {"threshold": repr(found.threshold), "decision": found.decision, "uncertain": _yes(found.uncertain)}
     return row | {"reasons": "; ".join(reasons)}
 
 
-def _image_row(case: Case, name: str, found: Prediction | None, problems: dict[str, str]) -> dict[str, str]:
-    row = {"case": case.case, "side": case.side, "patient": case.patient, "image": name}
-    score = f"{found.raw_probability:.6f}" if found else ""
+def _image_row(case: Case, image: CaseImage, found: Prediction | None, problems: dict[str, str]) -> dict[str, str]:
+    row = {"case": case.case, "side": case.side, "patient": case.patient, "image": image.name}
+    score = repr(found.raw_probability) if found else ""
     foreign = _yes(bool(found.ood["foreign"])) if found and found.ood else ""
-    return row | {"raw_score": score, "foreign": foreign, "problem": problems.get(name, "")}
+    return row | {"raw_score": score, "foreign": foreign, "problem": problems.get(image.name, ""), "state": image.state}
 
 
 def _yes(value: bool | None) -> str:

@@ -6,6 +6,7 @@ that the answers name nobody and `whois` takes them back.
 """
 
 import fnmatch
+import functools
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,9 @@ import numpy as np
 from raymed.config import UserError, check_choice
 from raymed.data.intake.header import DAMAGED, EMPTY, Found, describe, normal
 from raymed.data.intake.pseudonyms import Pseudonyms, default_key_file, load_key, vault_of
-from raymed.data.intake.scan import CLOSED, scan
+from raymed.data.intake.scan import CLOSED, is_foreign, patiently, scan
 from raymed.data.intake.text_regions import text_boxes
-from raymed.data.locations import as_location
+from raymed.data.locations import Location, Version, as_location, versions
 from raymed.data.manifest import DataConfig, check_there, read_table, usable_rows
 from raymed.data.problems import rows_text
 from raymed.data.readers import ImageFile, ImageProblem, Source, Window, blanked, check_varies
@@ -60,12 +61,14 @@ class ImageFolder:
 @dataclass(frozen=True)
 class CaseImage:
     """One image to be scored. name: what it is called in the answers. problem: why it is not used, "" where it is.
-    without_text: what looks like text is painted black."""
+    without_text: what looks like text is painted black. state: tells the file as it is now, and what is painted black
+    in it, from what had its name before."""
 
     name: str
     source: Source
     problem: str = ""
     without_text: bool = False
+    state: str = ""
 
     def read(self, window: Window | None) -> np.ndarray:
         """The pixels, as `raymed.data.readers.read` gives them.
@@ -150,8 +153,9 @@ def manifest_cases(config: DataConfig, level: Level) -> Asked:
 
 def _of_row(row: dict, level: Level) -> _Named:
     frame = f" frame {row['frame']}" if row.get("frame") else ""
-    own = f"row {row['row']}"  # who is not stated is somebody else each time, as in training
-    case, patient = (row[name] or own if name in row else "" for name in ("case", "patient"))
+    own = f"row {row['row']}"  # who is not stated is somebody else each time, or the case's own, as in training
+    case = row["case"] or own if "case" in row else ""
+    patient = row["patient"] or (f"case {row['case']}" if row.get("case") else own) if "patient" in row else ""
     problem = "no side is stated" if level == "case+side" and not row["side"] else ""
     return _Named(case, row.get("side", ""), patient, CaseImage(f"{row['image']}{frame}", row["source"], problem))
 
@@ -228,7 +232,7 @@ def _unusable(root: Path, config: ImageFolder, found: set[str]) -> Iterator[tupl
     for file in sorted(root.rglob("*")):
         path = file.relative_to(root).as_posix()
         matches = any(fnmatch.fnmatch(path.casefold(), pattern.casefold()) for pattern in config.files)
-        if path in found or not matches or not file.is_file():
+        if path in found or not matches or is_foreign(path) or not file.is_file():
             continue
         try:
             why = describe(file, path, config.key)
@@ -239,7 +243,9 @@ def _unusable(root: Path, config: ImageFolder, found: set[str]) -> Iterator[tupl
 
 
 def _grouped(named: Iterable[_Named], level: Level) -> list[Case]:
-    """Images put together as the model decides about them, in order of appearance."""
+    """Images put together as the model decides about them, in order of appearance, with their state."""
+    named = list(named)
+    there = _versions([one.image.source.path for one in named])
     groups: dict[tuple[str, str, str, str], list[CaseImage]] = {}
     for one in named:
         # Images of one case that name two patients are two cases: which of the patients is right, nobody knows.
@@ -249,8 +255,20 @@ def _grouped(named: Iterable[_Named], level: Level) -> list[Case]:
             "case": (one.case, "", "", one.patient),
             "patient": ("", "", "", one.patient),
         }[level]
-        groups.setdefault(key, []).append(one.image)
+        _, *which = one.image.source.identity()
+        state = hashlib.sha256(repr((there[one.image.source.path], which)).encode()).hexdigest()[:12]
+        groups.setdefault(key, []).append(replace(one.image, state=state))
     return [Case(*key, images=tuple(images)) for key, images in groups.items()]
+
+
+def _versions(paths: Sequence[Location]) -> dict[Location, Version]:
+    try:
+        return patiently(functools.partial(versions, paths))
+    except OSError as error:
+        raise UserError(
+            f"the images' share stopped answering ({error.strerror or type(error).__name__}): check it or the network; "
+            "then start the same command again"
+        ) from error
 
 
 def _grey(pixels: np.ndarray) -> np.ndarray:

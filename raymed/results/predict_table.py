@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TextIO
 
 from raymed.config import UserError
+from raymed.data.intake.scan import CLOSED
 from raymed.results.predict_cases import Case
 from raymed.storage import lock, write_atomic
 
@@ -26,10 +27,11 @@ _ANSWER = ("num_images", "score", "threshold", "decision", "uncertain", "reasons
 _ORIGIN = ("model", "version", "bundle", "preprocessing")
 CASE_COLUMNS = (*_KEY, *_ANSWER, *_ORIGIN)
 """num_images: those that the score is of. score: calibrated probability of the positive class, to be compared with
-threshold; "" where no image can be used. uncertain: yes, no, "" where the model does not say. reasons: why not to trust
-the row, separated by "; "."""
-IMAGE_COLUMNS = ("case", "side", "patient", "image", "raw_score", "foreign", "problem", "bundle")
-"""raw_score: the network's probability, not calibrated. foreign: yes, no, "". problem: why the image was not used."""
+threshold, both to the last digit, which may decide; "" where no image can be used. uncertain: yes, no, "" where the
+model does not say. reasons: why not to trust the row, separated by "; "."""
+IMAGE_COLUMNS = ("case", "side", "patient", "image", "raw_score", "foreign", "problem", "state", "bundle")
+"""raw_score: the network's probability, not calibrated. foreign: yes, no, "". problem: why the image was not used.
+state: which content of the file it was (`CaseImage.state`)."""
 _SYNCED = 16  # cases between two waits for the disk
 Row = dict[str, str]
 
@@ -60,7 +62,8 @@ class Tables:
 
         Args:
             to: the file of cases; that of images lies beside it.
-            cases: all that are asked for. One that has other images now than when it was answered is answered again.
+            cases: all that are asked for. One that has other images now than when it was answered, or images that could
+                not be opened then, is answered again.
 
         Raises:
             UserError: the file holds something else, or answers of another model or preprocessing; another process is
@@ -110,14 +113,15 @@ class Tables:
         """Write both files anew with what is whole in them."""
         rows, images = _read(self.path, CASE_COLUMNS), _read(self.image_path, IMAGE_COLUMNS)
         self._check_origin(rows)
-        there: dict[tuple[str, ...], set[str]] = defaultdict(set)
+        there: dict[tuple[str, ...], set[tuple[str, str]]] = defaultdict(set)
         about_images = any(row["image"] for row in rows)
         for row in images:
-            there[_key_of_image(row, about_images)].add(row["image"])
-        wanted: dict[tuple[str, ...], set[str]] = {
-            case.key: {image.name for image in case.images} for case in self._cases
-        }
+            there[_key_of_image(row, about_images)].add((row["image"], row["state"]))
+        wanted: dict[tuple[str, ...], set[tuple[str, str]]]
+        wanted = {case.key: {(image.name, image.state) for image in case.images} for case in self._cases}
+        closed = {_key_of_image(row, about_images) for row in images if row["problem"] == CLOSED} & wanted.keys()
         kept = [row for row in rows if there[key := _key(row)] and there[key] == wanted.get(key, there[key])]
+        kept = [row for row in kept if _key(row) not in closed]
         self.done = {_key(row) for row in kept}
         images = [row for row in images if _key_of_image(row, about_images) in self.done]
         write_atomic(self.image_path, _whole(images, IMAGE_COLUMNS))

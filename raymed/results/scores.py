@@ -13,9 +13,7 @@ import numpy as np
 
 from raymed.config import UserError
 from raymed.data.dataset import DataSet
-from raymed.metrics.calibration import logit_of
 from raymed.metrics.levels import Level, LevelTable, unit_numbers
-from raymed.results.seen import whose
 from raymed.tasks.decide import decide_of
 from raymed.tasks.predictor import Predictor
 
@@ -27,7 +25,8 @@ class Scored:
     """The images of a data set at one level: U units.
 
     table: with raw probabilities. scores: (U,) as the model tells them, decided positive when >= threshold. groups:
-    (U,) what is resampled, since units that share it are not independent; unit: what that is called.
+    (U,) what is resampled, since units that share it are not independent; unit: what that is called. thresholds: (U,)
+    where units have thresholds of their own; threshold is then nan. calibrated: (U,) where that is not `scores`.
     """
 
     table: LevelTable
@@ -35,11 +34,23 @@ class Scored:
     threshold: float
     groups: np.ndarray
     unit: str
+    thresholds: np.ndarray | None = None
+    calibrated: np.ndarray | None = None
+
+    @property
+    def cut(self) -> float | np.ndarray:
+        """What each score is held against: one number, or (U,)."""
+        return self.threshold if self.thresholds is None else self.thresholds
 
     @property
     def decided(self) -> np.ndarray:
         """(U,) bool."""
-        return self.scores >= self.threshold
+        return self.scores >= self.cut
+
+    @property
+    def probabilities(self) -> np.ndarray:
+        """(U,) as well calibrated as they are known."""
+        return self.scores if self.calibrated is None else self.calibrated
 
     @property
     def options(self) -> dict[str, Any]:
@@ -79,38 +90,27 @@ def answer(predictor: Predictor, data: DataSet, where: np.ndarray) -> Answer:
     point = predictor.bundle.operating_point
     decide = decide_of(point)
     energies = None if predictor.attention is None else np.array([p.energy for p in found])
-    levels = [_calibrated(predictor, data, decide.table(data, where, raw, energies=energies), point["threshold"])]
+    levels = [_calibrated(predictor, data, decide.table(data, where, raw, energies=energies))]
     if levels[0].table.level != "image" and "image_threshold" in point:
         table = decide.table(data, where, raw, "image")
-        levels.append(Scored(table, table.scores, point["image_threshold"], *_groups(data, table)))
+        levels.append(Scored(table, table.scores, point["image_threshold"], *groups_of(data, table)))
     return Answer(where, raw, np.array(foreign, bool) if foreign else None, levels)
 
 
-def members(scored: Scored, data: DataSet, where: np.ndarray) -> list[np.ndarray]:
-    """The images of each of U units: indices of the data set, ascending."""
-    level = cast(Level, scored.table.level)
+def members(table: LevelTable, data: DataSet, where: np.ndarray) -> list[np.ndarray]:
+    """The images at `where` of each of U units: indices of the data set, ascending."""
+    level = cast(Level, table.level)
     units = unit_numbers(level, data.patients, data.cases, data.sides, data.rows)[where]
-    return [np.sort(where[units == unit]) for unit in scored.table.units]
+    return [np.sort(where[units == unit]) for unit in table.units]
 
 
-def _calibrated(predictor: Predictor, data: DataSet, table: LevelTable, raw_threshold: float) -> Scored:
-    """Decisions are those of the raw scores. Where calibration gives one probability to scores on both sides of the
-    threshold, as steps do, those below it are moved by the last bit."""
-    threshold = predictor.threshold
-    scores = predictor.calibration(logit_of(table.scores))
-    decided = table.scores >= raw_threshold
-    below = np.minimum(scores, np.nextafter(threshold, -1))
-    scores = np.where(decided, np.maximum(scores, threshold), below)
-    return Scored(table, scores, threshold, *_groups(data, table))
+def _calibrated(predictor: Predictor, data: DataSet, table: LevelTable) -> Scored:
+    return Scored(table, predictor.told(table.scores), predictor.threshold, *groups_of(data, table))
 
 
-def _groups(data: DataSet, table: LevelTable) -> tuple[np.ndarray, str]:
-    """Patients; where the data name none, cases of images, and otherwise the units themselves."""
-    if data.has_patients:
-        return table.patients, "patient"
-    if table.level == "image" and data.cases is not None:
-        return whose(data)[table.units], "case"
-    return table.units, table.level.split("+")[0]
+def groups_of(data: DataSet, table: LevelTable) -> tuple[np.ndarray, str]:
+    """What is resampled, (U,), and its name: patients; where the data name none, cases, and otherwise images."""
+    return table.patients, data.grouped_by
 
 
 def check_same_units(answers: Sequence[Answer]) -> None:

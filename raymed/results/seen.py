@@ -3,7 +3,7 @@
 A bundle knows the contents of all images that had a say in its weights, their choice or its threshold; a patient of
 whom one is among these images was seen. Images are told by their pixels as read, so that another name or another
 manifest does not hide them; a copy with other pixels (another window, a blanked text) is not recognised, but the
-patient is by any other image.
+patient is by any other image and, where an import with the same key named him, by his pseudonym.
 """
 
 from collections.abc import Mapping
@@ -30,8 +30,8 @@ def seen_by(bundle: Bundle, data: DataSet, where: np.ndarray) -> np.ndarray:
     """
     if not knows_training_set(bundle):
         return np.zeros(len(where), bool)
-    groups = whose(data)
-    known = np.isin(data.content.view(np.int64), bundle.extras[TRAINED_ON].numpy())
+    groups, seen = data.patients, bundle.extras[TRAINED_ON].numpy()
+    known = np.isin(data.content.view(np.int64), seen) | np.isin(data.patient_keys.view(np.int64), seen)
     return np.isin(groups[where], np.unique(groups[known]))
 
 
@@ -52,7 +52,7 @@ def unseen(
         seen = seen_by(bundle, data, where)
         if not seen.any():
             continue
-        unit = "patients" if data.has_patients else "cases" if data.cases is not None else "images"
+        unit = f"{data.grouped_by}s"
         rows = rows_text(data.rows[where[seen]].tolist())
         if on_problem == "error":
             raise UserError(
@@ -64,11 +64,3 @@ def unseen(
     if not kept.any():
         raise UserError("\n".join([f"the manifest has nobody who is new to {' and '.join(models)}:", *notes]))
     return where[kept]
-
-
-def whose(data: DataSet) -> np.ndarray:
-    """(N,) int64: patients, or cases, or rows: the coarsest that the data know, within which images are not
-    independent."""
-    if data.has_patients:
-        return data.patients
-    return data.rows if data.cases is None else data.cases

@@ -156,23 +156,26 @@ class ClassifierRecipe(recipe.Recipe):
 
     def encoder_phase(self, data: DataSet) -> Phase:
         """The SupCon phase alone: what several heads of one seed share."""
-        task = SupConTask(self.model, self.supcon, self.augment, data.preprocess)
+        task = SupConTask(self.model, self.supcon, self._augment(data), data.preprocess)
         return self.supcon.phase("supcon", task, None, balanced=self.supcon.balanced)
 
     def _classify(self, name: str, stage: Stage, data: DataSet, joint: bool) -> Phase:
         positive_rate = float(data.labels[data.splits["train"]].mean())
         loss = getattr(self.losses, self.loss_name)
         classes = {"names": list(data.classes), "positive": data.positive}
-        augment = self.augment
-        if augment.flip and self.decide.level(data) == "case+side":
-            # A mirrored image would be of the other side.
-            augment = dataclasses.replace(augment, flip=0.0)
-            note = "images are not mirrored (augment.flip 0): what is decided about is one side"
-            data.notes += [note] if note not in data.notes else []
+        augment = self._augment(data)
         prior = 0.5 if stage.balanced else positive_rate
         attention = self.decide.aggregate == ATTENTION
         task = ClassifierTask(self.model, stage, loss, augment, data.preprocess, joint, prior, classes, attention)
         return stage.phase(name, task, "auprc", balanced=stage.balanced)
+
+    def _augment(self, data: DataSet) -> Augment:
+        """Without mirroring where one side is decided about: a mirrored image would be of the other side."""
+        if not self.augment.flip or self.decide.level(data) != "case+side":
+            return self.augment
+        note = "images are not mirrored (augment.flip 0): what is decided about is one side"
+        data.notes += [note] if note not in data.notes else []
+        return dataclasses.replace(self.augment, flip=0.0)
 
     @property
     def also_scored(self) -> tuple[str, ...]:

@@ -89,7 +89,7 @@ class Decide:
         """
         level = level or self.level(data)
         units = unit_numbers(level, data.patients, data.cases, data.sides, data.rows)[where]
-        patients = data.patients[where] if data.has_patients else units
+        patients = data.patients[where]
         how: levels.Aggregate = "max" if self.aggregate == ATTENTION else self.aggregate
         if self.aggregate == ATTENTION and level != "image":
             # Every image gets the score of its unit, of which the highest is then that score.

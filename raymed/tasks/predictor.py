@@ -155,7 +155,7 @@ class Predictor:
         (raw,), _ = put_together(scores, np.zeros(len(images), np.int64), how, energies)
         foreign = [image.ood["foreign"] for image in images if image.ood is not None]
         return CasePrediction(
-            probability=float(self.calibration(logit_of([raw]))[0]),
+            probability=float(self.told(np.array([raw]))[0]),
             raw_probability=float(raw),
             decision=self._decision(raw),
             threshold=self.threshold,
@@ -163,6 +163,14 @@ class Predictor:
             num_foreign=sum(map(bool, foreign)) if foreign else None,
             images=tuple(images),
         )
+
+    def told(self, raw: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
+        """Raw probabilities (N,) as they are told: calibrated (from the logits, where those are at hand). Where a
+        calibration gives one probability to scores on both sides of the threshold, as steps do, those below it are
+        moved by the last bit, so that `probability >= threshold` is the decision."""
+        calibrated = self.calibration(logit_of(raw) if logits is None else logits)
+        below = np.minimum(calibrated, np.nextafter(self.threshold, -1))
+        return np.where(raw >= _threshold(self.bundle), np.maximum(calibrated, self.threshold), below)
 
     def _decision(self, raw: float) -> str:
         return _class_names(self.bundle)[int(raw >= _threshold(self.bundle))]
@@ -212,7 +220,7 @@ class Predictor:
                 ood=None if ood is None else ood[i],
                 energy=None if energies is None else float(energies[i]),
             )
-            for i, probability in enumerate(self.calibration(logit).tolist())
+            for i, probability in enumerate(self.told(raw, logit).tolist())
         ]
 
     def _ood(self, scores: dict[str, np.ndarray]) -> list[dict[str, float | bool]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from raymed.config import to_dict, to_json
 from raymed.data.dataset import DataSet
-from raymed.data.folds import Fold, RepeatedFold
+from raymed.data.folds import RepeatedFold
 from raymed.data.manifest import DataConfig
 from raymed.distributed import rank, world_size
 from raymed.storage import Mirror, exists, local_copy, lock, write_atomic
@@ -25,11 +25,11 @@ from raymed.storage.network import local_root, moved
 from raymed.tasks.recipe import Outcome, Recipe
 from raymed.tasks.task import Phase
 from raymed.tracking.outbox import Outbox
-from raymed.train.checkpoints.checkpoint import Checkpoints
+from raymed.train.checkpoints.checkpoint import Checkpoints, origin_of
 from raymed.train.compute import Compute
 from raymed.train.elastic import for_world
 from raymed.train.evaluate import evaluate
-from raymed.train.heads.features import encoder_features, note_trained_on, refuse_seen
+from raymed.train.heads.features import encoder_features, note_trained_on, refuse_seen, trained_on
 from raymed.train.loop import Evaluation, Fit
 
 SPLITS = ("val", "test")
@@ -55,7 +55,7 @@ class Unit:
     compute: Compute = Compute()
     part: Literal["all", "encoder"] = "all"
     """encoder: only the SupCon phase, to be shared by several heads."""
-    fold: Fold | RepeatedFold | None = None
+    fold: RepeatedFold | None = None
     """Of a cross-validation, in place of the data's own splits."""
     splits: tuple[str, ...] = SPLITS
     """What is scored at the end; trials of a sweep do not look at test."""
@@ -173,9 +173,14 @@ class UnitRun:
         return figures
 
     def _trained_on(self) -> Tensor:
-        """(M,) int64, sorted: the contents of all images that had a say in weights, checkpoint or threshold."""
-        seen = np.concatenate([self.data.splits["train"], self.data.splits["val"]])
-        return torch.from_numpy(np.sort(self.data.content[seen].view(np.int64)))
+        """(M,) int64: the contents of all images that had a say in weights, checkpoint or threshold, those that an
+        encoder of another run was trained on included, and the keys of their patients (`DataSet.patient_keys`)."""
+        here = np.concatenate([self.data.splits["train"], self.data.splits["val"]])
+        keys = self.data.patient_keys[here]
+        seen = [self.data.content[here], keys[keys != 0]]
+        if origin := self.unit.recipe.encoder_from:
+            seen.append(trained_on(origin_of(origin)))
+        return torch.from_numpy(np.unique(np.concatenate(seen).view(np.int64)))
 
     def _arrays(self, outcome: Outcome) -> dict[str, np.ndarray]:
         """SPLIT_NAME -> what was predicted, with whom each row is of and where it stands in the data."""
@@ -230,5 +235,5 @@ def _data(read: Callable, config: DataConfig, cache: Path) -> DataSet:
 
 
 @functools.lru_cache(maxsize=8)
-def _fold_data(read: Callable, config: DataConfig, cache: Path, fold: Fold | RepeatedFold) -> DataSet:
+def _fold_data(read: Callable, config: DataConfig, cache: Path, fold: RepeatedFold) -> DataSet:
     return fold.apply(_data(read, config, cache))

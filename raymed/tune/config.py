@@ -74,21 +74,6 @@ class Finals(FinalSeeds):
         check_range("finals.finalists", self.finalists, 1)
 
 
-@dataclass(frozen=True)
-class Nested:
-    """Nested cross-validation, in place of the given splits: inner folds choose, outer folds are reported."""
-
-    outer: int | None = None
-    """Outer folds; None = off."""
-    inner: int = 3
-    """Inner folds of each: every configuration is trained on all of them."""
-
-    def __post_init__(self) -> None:
-        check_range("nested.inner", self.inner, 2)
-        if self.outer is not None:
-            check_range("nested.outer", self.outer, 2)
-
-
 def search_space(recipe: Recipe, sweep: SweepConfig) -> Space:
     """Field of the recipe -> dimension: the recipe's own space, and what the user adds.
 

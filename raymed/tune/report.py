@@ -16,23 +16,22 @@ from raymed.data.dataset import DataSet
 from raymed.explain.inside import look_inside
 from raymed.metrics.bootstrap import bootstrap_ci, mean_statistic
 from raymed.metrics.verdict import best_finalist, judge, overall
-from raymed.registry.config import RegisterConfig, default_name
-from raymed.registry.register import register
+from raymed.registry.config import RegisterConfig
 from raymed.report.sweep import write_sweep_report
 from raymed.report.sweep_record import SweepRecord, Trial
 from raymed.report.tables import comparison_table
+from raymed.results.classifier_model import leave_classifier
 from raymed.results.model import median_unit
 from raymed.tasks.classifier import load_classifier
 from raymed.tracking import environment
 from raymed.train.runs.job import Job
 from raymed.train.runs.openings import open_test
 from raymed.train.runs.results import METRICS, draw_heat_maps, draw_losses, prediction, summarise
-from raymed.train.unit import SPLITS, Unit, load_data, pin_checkpoints, unit_data
+from raymed.train.unit import SPLITS, Unit, load_data, unit_data
 from raymed.tune.config import Finals, SweepConfig, search_space
 from raymed.tune.finals import DEFAULT
 from raymed.tune.journal import Journal, TrialRecord
 from raymed.tune.trials import Trials
-from raymed.tune.winner import write_model
 
 _LOOKED_AT = 200  # images a network: counting places takes a fraction of a second for each of its channels
 NO_FINALS = "cannot tell: the budget was used up before the best trials were trained on fresh seeds"
@@ -101,12 +100,7 @@ def report_sweep(
     if methods:
         unit = median_unit(outcome.methods[outcome.chosen], sweep.metric)
         shown = outcome.figures[outcome.chosen]
-        paths["model"] = write_model(job.folder / "model", unit, job, shown, foreign, registering.intended_use)
-        name = default_name(job.config.recipe.data.manifest, job.recipe.label)
-        tracking, run_id = job.config.run.tracking, job.tracker.run_id(job.key, timeout=60)
-        registered = register(paths["model"], registering, name, tracking=tracking, storage=job.storage, run_id=run_id)
-        if registered:
-            pin_checkpoints(unit, f"registered as {registered.uri}")
+        paths["model"], registered = leave_classifier(job, unit, shown, registering, foreign)
         of_test = {method: figure["test"] for method, figure in outcome.figures.items()}
         show(comparison_table(of_test, METRICS, title=f"test split, {len(finals.seeds)} fresh seeds"))
         job.outbox.metrics({f"test/{name}": of_test[outcome.chosen][name]["mean"] for name in METRICS}, 0)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from raymed.config import UserError
 from raymed.registry.config import RegisterConfig
+from raymed.results.classifier_model import foreign_folders
 from raymed.storage import local_folder
 from raymed.train.places.cluster import gpu_share, gpus_of, require
 from raymed.train.places.launch import (
@@ -35,7 +36,6 @@ from raymed.tune.journal import Journal
 from raymed.tune.report import report_sweep
 from raymed.tune.results import write_tune_results
 from raymed.tune.trials import Trials, run_trials
-from raymed.tune.winner import foreign_folders
 
 
 def run_sweep(

@@ -14,7 +14,7 @@ from itertools import zip_longest
 from typing import Any
 
 from raymed.config import replace
-from raymed.data.folds import Fold, RepeatedFold
+from raymed.data.folds import RepeatedFold
 from raymed.space import Space
 from raymed.storage import Mirror
 from raymed.tasks.recipe import Recipe
@@ -31,7 +31,7 @@ class Replicate:
 
     name: str
     seed: int
-    fold: Fold | RepeatedFold | None = None
+    fold: RepeatedFold | None = None
     encoder: str | None = None
     """Folder of the checkpoints of the encoder that all trials share; None for one-stage methods."""
 

@@ -1,14 +1,10 @@
 """Predictions that Ray's workers share: the bytes of one process, also when a worker is lost on the way."""
 
-import sys
 import threading
 import time
-from pathlib import Path
 
 import psutil
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "results"))
 from predict_example import make_bundle, origin_of, read_rows, write_images
 
 from raymed.data.manifest import DataConfig

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from raymed.config import UserError
-from raymed.data import readers
+from raymed.data import cache, readers
 from raymed.data.cache import decode
 from raymed.data.preprocess import Preprocess
 from raymed.data.readers import ImageFile, content_hash
@@ -104,6 +104,28 @@ def test_full_disk_is_an_error_beforehand(files, tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 100))
     with pytest.raises(UserError, match="GB free"):
         decode(files, Preprocess(), tmp_path / "cache")
+
+
+def test_a_share_that_goes_away_leaves_no_cache(files, tmp_path, monkeypatch):
+    """Half of the images would be unreadable in it, for ever."""
+    share, away = tmp_path / "share", tmp_path / "away"
+    share.mkdir()
+    sources = [ImageFile(file.path.rename(share / file.path.name)) for file in files]
+    describe, seen = cache._describe, []
+
+    def describe_and_leave(pixels):
+        seen.append(pixels)
+        if len(seen) == 5:
+            share.rename(away)
+        return describe(pixels)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_describe", describe_and_leave)
+        with pytest.raises(UserError, match="went away while they were read: check the share.* start the same command"):
+            decode(sources, Preprocess(), tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*.json"))
+    away.rename(share)
+    assert decode(sources, Preprocess(), tmp_path / "cache").problems == {}
 
 
 def test_several_at_once(files, tmp_path):

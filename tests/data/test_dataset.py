@@ -92,6 +92,27 @@ def test_without_patients_the_split_is_by_image_and_says_so(make_set, load_set):
     assert "no patient column: the split is by image, and figures may be too good (--data.patient COLUMN)" in data.notes
 
 
+OF_CASES = [("sick", "well")[i // 2 % 2] for i in range(80)]
+
+
+def test_without_patients_the_images_of_a_case_stay_together(make_set, load_set):
+    """40 cases of two images: were they divided by image, a third of the cases would be in two splits."""
+    data = load_set(make_set(OF_CASES, case=[f"C{i // 2}" for i in range(80)]))
+    assert data.grouped_by == "case" and data.patients.tolist() == [i // 2 for i in range(80)]
+    train, val, test = (set(data.cases[indices]) for indices in data.splits.values())
+    assert not (train & val or train & test or val & test) and len(train | val | test) == 40
+    assert any("no patient column: each case counts as a patient of its own" in note for note in data.notes)
+    assert not data.patient_keys.any()
+
+
+def test_an_empty_patient_is_the_case_and_pseudonyms_have_keys(make_set, load_set):
+    names = ["" if i < 8 else f"P-ABCDEF{'234567ABCDEFGHIJKL'[(i - 8) // 4]}2" for i in range(80)]
+    data = load_set(make_set(OF_CASES, patient=names, case=[f"C{i // 2}" for i in range(80)]))
+    assert data.patients.tolist() == [i // 2 if i < 8 else 4 + (i - 8) // 4 for i in range(80)]
+    assert not data.patient_keys[:8].any() and len(np.unique(data.patient_keys[8:])) == 18
+    assert any(note.startswith("8 rows (1, 2, 3") and "each case counts" in note for note in data.notes)
+
+
 def test_unreadable_images_are_all_reported(make_set, load_set, tmp_path):
     path = make_set(LABELS, images={4: np.full((16, 16), 9, np.uint8)})
     (tmp_path / "002.png").write_bytes((tmp_path / "002.png").read_bytes()[:100])

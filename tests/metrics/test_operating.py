@@ -140,6 +140,12 @@ def test_infinite_ratios_of_resamples_count_as_large():
     assert plain["num_undefined"] > 80 and plain["ci_high"] < math.inf
 
 
+def test_ratios_of_0_in_resamples_count_as_small():
+    """Two of ten positives found: in 11 % of resamples none is. Left out, they would put the lower end above 1."""
+    found = figures(2, 8, 5, 95)["lr_positive"]
+    assert found["mean"] == pytest.approx(4) and found["ci_low"] == 0 and found.get("num_undefined", 0) == 0
+
+
 def test_wilson_covers_where_the_bootstrap_does_not():
     """Sensitivity of 0.95 with 20 positives."""
     random = np.random.default_rng(0)

@@ -1,8 +1,6 @@
 """A small trained-looking bundle with everything a bundle can hold, and an MLflow store of its own."""
 
 import shutil
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +18,6 @@ from raymed.tasks.predictor import Predictor, complete, with_separation
 from raymed.tracking import Outbox, Tracker, connect
 
 SIZE = 16
-for _helpers in ("tasks", "models"):  # which their tests share with these
-    sys.path.append(str(Path(__file__).resolve().parents[1] / _helpers))
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,7 @@
 """Figures of a clinical evaluation: the numbers that are drawn, and that they reach the picture."""
 
+from dataclasses import replace
+
 import clinical_example
 import numpy as np
 import pytest
@@ -33,13 +35,19 @@ def test_operating_point_by_hand():
     assert draw.operating_point(at)[0] == 1  # decided positive at the threshold
 
 
+def test_rows_with_thresholds_of_their_own():
+    folds = replace(HAND, threshold=np.nan, thresholds=np.array([0.95, 0.5, 0.4, 0.7, 0.3, 0.5, 0.5]))
+    assert folds.decided.tolist() == [False, True, True, False, True, False, False]
+    assert draw.operating_point(folds) == pytest.approx((2 / 3, 3 / 4, 2 / 3))
+
+
 def test_area_under_the_steps_is_the_average_precision(record):
     for level in (HAND, *record.levels):
         recall, precision = draw.precision_steps(level.scores, level.targets)
         assert recall[0] == 0 and (np.diff(recall) >= 0).all()
         area_below = np.sum(np.diff(recall) * precision[1:])
         assert area_below == pytest.approx(average_precision_score(level.targets, level.scores), abs=1e-12)
-    assert draw.precision_steps(np.array([0.9, 0.1]), np.array([0, 1]))[1][0] == 0  # not the 1 of the library
+    assert draw.precision_steps(np.array([0.9, 0.1]), np.array([0, 1]))[1][0] == 0.5  # not the 1 of the library
 
 
 def test_bayes_by_hand_and_as_the_metric():
@@ -75,6 +83,9 @@ def test_calibration_curve_draws_the_last_curve_in_blue(tmp_path, record):
     draw.calibration_curve(tmp_path / "both.png", record.calibration, record.levels[0])
     pixels = picture(tmp_path / "both.png")
     assert area(pixels, BLUE) > 1000 and area(pixels, GREY) > 500 and area(pixels, VERMILION) > 1000
+    shown = replace(record.calibration["after"], scores=np.full(120, 0.05))
+    draw.calibration_curve(tmp_path / "own.png", record.calibration | {"after": shown}, record.levels[0])
+    assert not np.array_equal(picture(tmp_path / "own.png"), pixels)  # the histogram is of what was grouped last
     draw.calibration_curve(tmp_path / "one.png", {"as trained": record.calibration["before"]}, record.levels[0])
     assert area(picture(tmp_path / "one.png"), BLUE) > 1000
 
@@ -86,6 +97,8 @@ def test_decision_curve_marks_where_the_model_is_above_both(tmp_path, record):
     pixels = picture(tmp_path / "useful.png")
     assert area(pixels, BLUE) > 1000 and area(pixels, ORANGE) > 300 and area(pixels, GREEN) > 1000
     assert area(picture(tmp_path / "useless.png"), GREEN) == 0
+    draw.decision_curve(tmp_path / "folds.png", record.decision, np.nan)
+    assert area(picture(tmp_path / "folds.png"), GREY) < area(pixels, GREY)
 
 
 def test_subgroups_with_too_few_have_no_mark(tmp_path, record):

@@ -104,13 +104,14 @@ def test_warnings_are_shown_and_counted(data, page):
 
 def test_the_flow_ends_with_what_is_there(data, page, tmp_path):
     told = [value for tag, name, value in page.attributes if (tag, name) == ("img", "alt")][0]
-    assert told == "images found: 90; no row in the sheet: 6; equivocal $x$ <b>: 4; in the manifest: 80"
+    said = "images found (n = 90); no row in the sheet (n = 6); equivocal $x$ <b> (n = 4); in the manifest (n = 80)"
+    assert told == said
     steps = [("files", 90), ("no row", 6), ("in the manifest", 84)]
     unread = data_sheet(data, Augment(), None, steps, tmp_path / "unread.html").read_text()
-    assert "no row: 6; left out when images were read, see the notes: 4; used: 80" in unread
+    assert "no row (n = 6); left out when images were read, see the notes (n = 4); used (n = 80)" in unread
     steps = [("files", 46), ("no row", 6), ("in the manifest", 40)]  # of two frames each
     text = data_sheet(data, Augment(), None, steps, tmp_path / "frames.html").read_text()
-    assert "no row: 6; in the manifest: 40" in text and "One file may be several images." in text
+    assert "no row (n = 6); in the manifest (n = 40)" in text and "One file may be several images." in text
 
 
 def test_without_labels_or_patients_there_is_a_page(data, tmp_path):
@@ -121,6 +122,14 @@ def test_without_labels_or_patients_there_is_a_page(data, tmp_path):
     )  # fmt: skip
     text = text_of(Page(data_sheet(bare, Augment.none(), None, None, tmp_path / "bare.html").read_text()))
     assert "80 images." in text and "positive" not in text and "What can be measured" not in text
+
+
+def test_captions_say_whether_all_are_shown(data, page):
+    text, train = text_of(page), data.labels[data.splits["train"]]
+    num = int((train == 1).sum())
+    assert num <= 24 < len(train) - num
+    assert f"occluded: {num} images, all of the training split." in text
+    assert f"patent: 24 images, drawn at random from the {len(train) - num} of the training split." in text
 
 
 def test_shown_are_training_images_of_different_patients(data):

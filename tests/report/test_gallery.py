@@ -58,6 +58,20 @@ def test_cards_say_what_is_known_errors_first():
     }
 
 
+def test_each_case_by_its_own_threshold():
+    scores, targets, thresholds = np.array([0.4, 0.4, 0.7]), np.array([1, 1, 0]), np.array([0.3, 0.5, 0.8])
+    assert choose_cases(scores, targets, thresholds) == {
+        "false negative": [1], "false positive": [], "true positive": [0], "true negative": [2],
+    }  # fmt: skip
+    each = enumerate(zip(targets.tolist(), scores.tolist(), thresholds.tolist(), strict=True))
+    cases = [Case(f"C-{i}", y == 1, score, threshold=threshold) for i, (y, score, threshold) in each]
+    cards = case_gallery(cases, np.nan).cards
+    assert [(card.title, card.mark) for card in cards] == [
+        ("C-1", "false negative"), ("C-0", "true positive"), ("C-2", "true negative"),
+    ]  # fmt: skip
+    assert cards[0].lines[0] == "score 0.400 (threshold 0.500): decided negative"
+
+
 def test_a_filter_that_tells_nothing_apart_is_left_out():
     cards = [Card("C-1", "m", tags={"year": "2020", "site": "A"}), Card("C-2", "m", tags={"year": "2021", "site": "A"})]
     assert Gallery(cards).filters == {"year": {"2020": 1, "2021": 1}}

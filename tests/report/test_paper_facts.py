@@ -70,6 +70,8 @@ def test_evaluation_counts_and_curves(found):
     roc, pr = given["curves"].roc["Case"], given["curves"].precision_recall["Case"]
     assert np.trapezoid(roc.y, roc.x) == pytest.approx(roc_auc_score(case.targets, case.scores))
     assert np.trapezoid(pr.y, pr.x) == pytest.approx(average_precision_score(case.targets, case.scores))
+    steps = np.unique(pr.x, return_counts=True)[1]
+    assert pr.x[0] == 0 and steps.max() == 2 and len(pr.x) == 2 * case.num_positive  # no line down and up again
     assert given["curves"].decision["Treat none"].y == (0.0,) * len(found.decision["thresholds"])
     assert len(given["curves"].calibration["After"].x) == len(found.calibration["after"].bins)
 
@@ -82,6 +84,17 @@ def test_intervals_are_never_narrower_than_either(found):
         assert told[metric]["ci_low"] == min(figure["ci_low"], figure["analytic_low"])
         assert told[metric]["ci_high"] == max(figure["ci_high"], figure["analytic_high"])
     assert told["auroc"] == found.levels[0].figures["auroc"]
+
+
+def test_readers_intervals_are_those_of_decisions(found):
+    """A reader who was always right of few cases: the bootstrap's interval has no width, Wilson's has."""
+    told = evaluation_facts(found)["readers"]
+    assert set(told) == set(found.readers)
+    for reader, figures in told.items():
+        for metric in ("sensitivity", "specificity"):
+            figure = found.readers[reader]["reference"][metric]
+            assert figures[metric]["ci_low"] == min(figure["ci_low"], figure["analytic_low"])
+            assert figures[metric]["ci_high"] == max(figure["ci_high"], figure["analytic_high"])
 
 
 def test_one_unit_a_patient_has_the_analytic_interval(found):

@@ -8,9 +8,13 @@ import pytest
 from paper_example import STUDY, record
 
 from raymed.config import to_json
-from raymed.report.paper import PaperRecord, Phase, Training
+from raymed.report.paper import Flow, OperatingPoint, PaperRecord, Phase, Recalibration, Training
+from raymed.report.paper.from_config import _LOSSES
+from raymed.report.paper.korean import korean
 from raymed.report.paper.methods import fact, methods, sections, sentence
 from raymed.report.paper.word import BLANK
+from raymed.results.paper import _INNER, _KINDS, _OUT_OF_FOLD, _PLACES
+from raymed.results.paper_facts import _CHECKED, _HEAT_MAPS
 
 LANGUAGES = ("en", "ko")
 NUMBER = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
@@ -141,6 +145,56 @@ def test_operating_points_in_words():
     assert "민감도 0.96 이상" in told("sensitivity=0.96", "ko")
     assert "the largest Youden index" in told("youden", "en")
     assert "Youden 지수 최대" in told("youden", "ko")
+
+
+@pytest.mark.parametrize(
+    ("rule", "english", "korean"),
+    [
+        ("attention", "combined to one by learned attention.", "방법: 학습된 주의 가중치."),
+        ("mean_of_logits", "combined to one by the mean of their logits.", "방법: 로짓의 평균."),
+        (
+            "attention_or_mean",
+            "learned attention where it helped on the validation part of a fold",
+            "그렇지 않으면 로짓의",
+        ),
+    ],
+)
+def test_what_became_of_attention(rule, english, korean):
+    told = record(model=dataclasses.replace(record().model, aggregate=rule))
+    assert english in methods(told, "en") and korean in methods(told, "ko")
+
+
+def test_korean_for_what_is_recorded_in_english():
+    flow = Flow(
+        "file", 9, {"unlabelled: equivocal": 2, "its row cannot be used: duplicate key": 1, "modality CT": 1}, 5
+    )
+    told = record(
+        flow=flow,
+        operating_point=OperatingPoint("youden", 0.4, "the validation set"),
+        recalibration=Recalibration("Platt scaling", "the validation set"),
+        explanation="Heat maps were made by Grad-CAM.",
+        hardware="2 CPU cores",
+    )
+    text = methods(told, "ko")
+    assert "파일 9개 중 포함된 것은 5개이다" in text and "판정하지 않음: equivocal (n = 2)" in text
+    assert "시트의 행을 쓸 수 없음: 중복된 번호 (n = 1); 영상 종류 CT (n = 1)" in text
+    assert "기준에 따라 검증 자료에서" in text and "Platt 보정(Platt scaling)이며, 검증 자료에서" in text
+    assert "비대칭 손실" in text and "2 CPU 코어" in text and "Grad-CAM으로 만들었다." in text
+    assert "Scores were calibrated by Platt scaling, fitted on the validation set." in methods(told, "en")
+
+
+def test_every_word_of_a_run_has_korean():
+    """What `raymed.report.paper.from_config` and `raymed.results` write down."""
+    for word in (*_LOSSES.values(), *_KINDS.values(), *_PLACES.values(), _CHECKED, _HEAT_MAPS, _INNER, _OUT_OF_FOLD):
+        assert re.search("[가-힣]", str(korean(word))), word
+
+
+def test_one_seed_is_no_repetition():
+    def told(seeds):
+        return methods(record(training=dataclasses.replace(record().training, seeds=seeds)), "en")
+
+    assert "The random seed of training was 7." in told((7,))
+    assert "Training was repeated with the random seeds 7, 8." in told((7, 8))
 
 
 def test_fact_and_sentence():

@@ -5,13 +5,14 @@ import json
 import re
 import warnings
 import zlib
+from contextlib import contextmanager
 
 import pytest
-from paper_example import STUDY, record
+from paper_example import STUDY, group, record
 
 from raymed.config import to_json
-from raymed.report.paper import Curves, Flow, PaperRecord, Study, paper_pack
-from raymed.report.paper.canvas import MM, TWO_COLUMNS
+from raymed.report.paper import Curves, Flow, PaperRecord, Study, figures, paper_pack
+from raymed.report.paper.canvas import MM, TWO_COLUMNS, journal_figure
 from raymed.report.paper.flow import arrange
 from raymed.report.paper.guidelines import CLAIM, TRIPOD_AI
 from raymed.report.paper.methods import methods, sections
@@ -93,6 +94,29 @@ def test_the_flow_keeps_texts_in_their_boxes(target):
             assert any(f.x0 < extent.x0 and extent.x1 < f.x1 and f.y0 < extent.y0 and extent.y1 < f.y1 for f in frames)
 
 
+def test_legends_stand_below_the_curves_and_within_the_page(tmp_path, monkeypatch):
+    drawn = []
+
+    @contextmanager
+    def kept(*arguments):
+        with journal_figure(*arguments) as page:
+            yield page
+            page.draw_without_rendering()
+            drawn.append([(axes.bbox.frozen(), axes.get_legend().get_window_extent()) for axes in page.axes])
+            drawn.append(page.bbox)
+
+    line = record().curves.roc["Case"]
+    names = ["Case", "Image", "External test, case", "External test, image"]
+    readers = {f"reader{number}": record().readers["판독의 1"] for number in range(3)}
+    curves = Curves(dict.fromkeys(names, line), dict.fromkeys(names, line))
+    monkeypatch.setattr(figures, "journal_figure", kept)
+    figures.draw_figures(tmp_path, PaperRecord(curves=curves, readers=readers))
+    panels, page = drawn
+    assert len(panels) == 2
+    for axes, legend in panels:
+        assert legend.y1 < axes.y0 and legend.y0 >= page.y0 and legend.x1 <= page.x1
+
+
 def test_curves_and_subgroups_tell_their_figures(pack):
     assert "Case: AUROC 0.912 (0.882 to 0.942)" in drawn_text(pack, "discrimination")
     assert {"판독의 1", "Operating point"} <= set(drawn_text(pack, "discrimination"))
@@ -158,7 +182,7 @@ def test_checklists_hold_every_item():
 
 
 def test_every_place_of_a_checklist_exists(pack):
-    written = {f"Methods: {heading}" for heading in sections(methods(record(), "en"))}
+    written = {f"Methods: {heading}" for heading in sections(methods(record(cohort=record().cohort | EXTERNAL), "en"))}
     written |= {path.stem for path in pack.files}
     assert {place for item in (*TRIPOD_AI, *CLAIM) for place in item.places} <= written
 
@@ -179,6 +203,19 @@ def test_a_missing_fact_is_left_to_the_authors(pack, tmp_path):
     for row in (claim["44"], tripod["18a"]):
         assert (row["Where it is answered"], row["Left to the authors"]) == ("", "[TO FILL: funding]")
     assert claim["43"]["Left to the authors"] == ""
+
+
+def test_an_external_test_set_answers_its_item(pack, tmp_path):
+    cohort = record().cohort | {"external": group(52, 57, 113, 19)}
+    paper_pack(record(**WITHOUT_FIGURES | {"cohort": cohort}), tmp_path)
+    asked, answered = (checklist(folder, "claim")["33"] for folder in (pack.folder, tmp_path))
+    assert (
+        asked["Where it is answered"] == "" and "external data, or that there was none" in asked["Left to the authors"]
+    )
+    assert answered["Where it is answered"] == "Methods: External test set" and not answered["Left to the authors"]
+    english, korean = ((tmp_path / name).read_text() for name in ("methods.md", "methods.ko.md"))
+    assert "on 52 patients, 57 cases and 113 images from elsewhere (19 cases positive)." in english
+    assert "외부 자료에서도 시험하였다(환자 52명, 증례 57건, 영상 113장; 양성 19건)" in korean
 
 
 def test_of_nothing_nothing_is_answered_but_the_aim(tmp_path):

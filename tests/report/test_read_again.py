@@ -13,7 +13,7 @@ SCORES = np.array([[0.9, 0.8, 0.1, 0.2, 0.4], [0.4, 0.7, 0.2, 0.1, 0.6], [0.8, 0
 
 
 def find(**options):
-    return find_doubts(NAMES, SCORES, TARGETS, 0.5, np.full(5, 2), **options)
+    return find_doubts(NAMES, SCORES, SCORES >= 0.5, TARGETS, np.full(5, 2), **options)
 
 
 def test_cases_most_repeats_decide_otherwise_farthest_first():
@@ -26,7 +26,16 @@ def test_cases_most_repeats_decide_otherwise_farthest_first():
 
 
 def test_half_of_the_repeats_is_not_enough():
-    assert find_doubts(["C"], np.array([[0.9], [0.1]]), np.array([1]), 0.5, np.array([1])) == []
+    scores = np.array([[0.9], [0.1]])
+    assert find_doubts(["C"], scores, scores >= 0.5, np.array([1]), np.array([1])) == []
+
+
+def test_decisions_count_and_not_scores():
+    """At thresholds of 0.05 and 0.95, say, of which the scores know nothing."""
+    scores, decided = np.array([[0.1, 0.9], [0.1, 0.9]]), np.array([[True, False], [True, False]])
+    assert find_doubts(["C-a", "C-b"], scores, decided, np.array([1, 0]), np.full(2, 1)) == []
+    found = find_doubts(["C-a", "C-b"], scores, decided, np.array([0, 1]), np.full(2, 1))
+    assert [(d.name, d.wrong) for d in found] == [("C-a", 2), ("C-b", 2)]
 
 
 def test_the_readers_file_tells_neither_score_nor_label_nor_order():

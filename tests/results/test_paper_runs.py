@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from raymed.bundle import Bundle
 from raymed.config import UserError, to_json
 from raymed.data.intake import ImportConfig, SheetColumns, import_data
 from raymed.data.phantom_hospital import write_hospital
@@ -140,6 +141,78 @@ def test_rows_that_the_training_left_out_are_counted(training):
     assert flow.included == len(data["row"]) - 2
 
 
+def test_studies_that_came_later_are_not_excluded(place, training, tmp_path):
+    """The set grows on after a training; the flow is that of what the training saw."""
+    told = json.loads((place / "hsg" / "import.json").read_text())
+    grown = {"flow": [["files", 900], ["not an image", 100], ["in the manifest", 800]]}
+    grown |= {"counts": told["counts"] | {"images": 800}, "time": told["time"] + 1e6}
+    folder = tmp_path / "hsg"
+    shutil.copytree(place / "hsg", folder)
+    earlier = {name: told[name] for name in ("time", "counts", "flow")}
+    (folder / "import.json").write_text(json.dumps(told | grown | {"earlier": [earlier]}))
+    run = moved(training, folder / "manifest.csv")
+    assert paper_of(run).flow == paper_of(training).flow
+    (folder / "import.json").write_text(json.dumps(told | grown))  # nothing is known of what there was before
+    assert paper_of(run).flow is None
+
+
+def configured(training: FinishedRun, **changes) -> FinishedRun:
+    """The training with another `decide`."""
+    config = json.loads(json.dumps(training.record.config))
+    config["recipe"]["decide"] |= changes
+    return replace(training, record=replace(training.record, config=config))
+
+
+def with_point(training: FinishedRun, folder: Path, **changes) -> FinishedRun:
+    """The training with another operating point in its model."""
+    bundle = Bundle.load(Path(training.summary["paths"]["model"]))
+    replace(bundle, operating_point=bundle.operating_point | changes).save(folder)
+    paths = training.summary["paths"] | {"model": str(folder)}
+    return replace(training, summary=training.summary | {"paths": paths})
+
+
+def test_attention_is_claimed_only_where_it_was_taken(training, tmp_path):
+    run = configured(training, aggregate="attention")
+    for applied, told in ((True, "attention"), (False, "mean_of_logits")):
+        of = with_point(run, tmp_path / told, aggregate="attention", attention={"applied": applied})
+        assert paper_of(of).model.aggregate == told
+    assert paper_of(folds_of(run)).model.aggregate == "attention_or_mean"
+    assert paper_of(folds_of(training)).model.aggregate == "mean"
+
+
+def test_sides_are_not_mirrored(bare, tmp_path):
+    assert bare.record.config["recipe"]["augment"]["flip"] > 0
+    assert paper_of(bare).training.augmentation["flip"] > 0
+    sides = paper_of(with_point(bare, tmp_path / "model", unit="case+side"))
+    assert sides.unit == "side" and sides.training.augmentation["flip"] == 0
+
+
+def folds_of(training: FinishedRun, **summary) -> FinishedRun:
+    """The training as if it were a cross-validation, of which no model is left."""
+    config = training.record.config | {"cv": "5x3"}
+    summary = training.summary | {"paths": {}} | summary
+    return replace(training, record=replace(training.record, name="folds", config=config), summary=summary)
+
+
+def test_thresholds_of_a_nested_cross_validation_come_from_inner_folds(bare):
+    for summary, told in (({}, "the out-of-fold scores of the other folds"), ({"nested": {"inner": 3}}, "inner folds")):
+        point = paper_of(folds_of(bare, **summary)).operating_point
+        assert point.rule == "youden" and point.threshold is None and told in str(point.chosen_on)
+
+
+def test_the_command_names_no_folder_of_this_machine(place, training, tmp_path):
+    paper_pack(paper_of(training), tmp_path)
+    for name in ("methods.md", "methods.ko.md", "record.json"):
+        text = (tmp_path / name).read_text()
+        assert "--data.manifest=hsg/manifest.csv" in text and str(place) not in text
+    told = (
+        "python jobs/x.py --data.root=/mnt/kim/share/images --supcon.encoder-from ~/runs/one/b --seeds 1 2 --size=2/3"
+    )
+    run = replace(training, summary=training.summary | {"command": told})
+    kept = "python jobs/x.py --data.root=share/images --supcon.encoder-from one/b --seeds 1 2 --size=2/3"
+    assert paper_of(run).command == kept
+
+
 def test_model_and_settings_are_those_of_the_run(training):
     record = paper_of(training)
 
@@ -204,6 +277,11 @@ def test_without_its_manifest_a_cohort_is_counted_by_images(training, manifest, 
     assert not missing(training)
     assert record.cohort["all"].counts == {"patients": manifest["patient"].nunique(), "images": len(manifest)}
     assert record.flow is None and record.preprocessing.num_blanked is None
+    # What a case is, is gone with it: nothing that counts cases may count images.
+    assert set(record.cohort) == {"all"} and record.cohort["all"].units == 0 and not record.cohort["all"].classes
+    told = paper_pack(record, tmp_path / "pack")
+    assert "numbers in training, validation and test sets, with positives in each" in told.blanks
+    assert "were patent" not in (tmp_path / "pack" / "methods.md").read_text()
 
 
 def moved(training: FinishedRun, path: Path) -> FinishedRun:

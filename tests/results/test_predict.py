@@ -20,6 +20,7 @@ from raymed.results.predict import asked_cases, bundle_hash, load_origin, predic
 from raymed.results.predict_cases import ImageFolder
 from raymed.results.predict_table import CASE_COLUMNS, IMAGE_COLUMNS
 from raymed.tasks.predictor import Predictor
+from raymed.threads import one_thread
 
 REPO = Path(__file__).resolve().parents[2]
 NUM = 12
@@ -65,7 +66,8 @@ def test_rows_say_what_the_predictor_says(bundle, images, tmp_path):
         names = [f"{case[2:]}_{side}.png" for side in ("left", "right")]
         if case in ("C-003", "C-004"):
             names = names[1:] if case == "C-003" else []
-        predictions = predictor([read(images / name) for name in names])
+        with one_thread():
+            predictions = predictor([read(images / name) for name in names])
         of_case = shown[shown["case"] == case].set_index("image")
         for name, prediction in zip(names, predictions, strict=True):
             assert float(of_case.loc[name, "raw_score"]) == pytest.approx(prediction.raw_probability, abs=2e-6)
@@ -76,6 +78,7 @@ def test_rows_say_what_the_predictor_says(bundle, images, tmp_path):
             assert float(row["score"]) == pytest.approx(calibrated, abs=2e-6)
             assert row["decision"] == ("occluded" if mean >= THRESHOLD else "개통")
             assert (float(row["score"]) >= float(row["threshold"])) == (mean >= THRESHOLD)
+            assert float(row["score"]) == predictor.case(predictions).probability  # to the last bit
             assert row["uncertain"] == ("yes" if BAND[0] <= mean <= BAND[1] else "no")
             assert ("inside the uncertain band" in row["reasons"]) == (row["uncertain"] == "yes")
             foreign = [n for n, p in zip(names, predictions, strict=True) if p.ood["foreign"]]
@@ -167,6 +170,41 @@ def test_a_case_with_other_images_than_before_is_answered_again(bundle, images, 
     assert len(read_rows(to)) == NUM + 1
 
 
+def test_a_file_with_other_content_than_before_is_answered_again(bundle, images, tmp_path):
+    """Of the same name; and one in which something else is painted black."""
+    to, table = tmp_path / "found.csv", read_rows(images / "manifest.csv")
+    run(bundle, images, to)
+    before = read_rows(to).set_index("case")["score"]
+    shutil.copy(images / "000_left.png", images / "001_left.png")
+    shutil.copy(images / "002_left.png", images / "004_left.png")  # was gone
+    table["blank_boxes"] = ""
+    table.loc[table["case"] == "C-005", "blank_boxes"] = "0 0 9 20"
+    table.to_csv(images / "manifest.csv", index=False)
+    done = run(bundle, images, to)
+    rows, fresh = (read_rows(path).set_index("case") for path in (to, run(bundle, images, tmp_path / "fresh.csv").path))
+    assert done.before == NUM - 3 and done.decisions.keys() <= {"occluded", "개통"} and len(rows) == NUM
+    assert rows.loc[fresh.index].equals(fresh)
+    assert (rows["score"] != before.loc[rows.index]).sum() == 3 and rows["score"].all()
+    assert run(bundle, images, to).before == NUM
+
+
+def test_an_image_that_could_not_be_opened_is_asked_for_again(bundle, images, tmp_path):
+    """Its file is the same: what was lacking is the permission."""
+    cases, to = cases_of(bundle, images), tmp_path / "found.csv"
+
+    class Forbidden:
+        path = cases[6].images[0].source.path
+
+        def read(self, window):
+            raise PermissionError(13, "Permission denied")
+
+    closed = replace(cases[6], images=(replace(cases[6].images[0], source=Forbidden()), *cases[6].images[1:]))
+    predict(bundle, origin_of(bundle), [*cases[:6], closed, *cases[7:]], to)
+    assert read_rows(to).set_index("case").loc["C-006", "num_images"] == "1"
+    assert predict(bundle, origin_of(bundle), cases, to).before == NUM - 1
+    assert read_rows(to).set_index("case").loc["C-006", "num_images"] == "2"
+
+
 def test_answers_of_another_model_or_table_are_not_mixed(bundle, images, tmp_path):
     to = tmp_path / "found.csv"
     cases = cases_of(bundle, images)
@@ -227,6 +265,17 @@ def test_who_is_not_stated_is_a_case_of_its_own_and_images_twice_count_once(imag
     assert [case.case for case in asked.cases[:3]] == ["row 1", "row 2", "C-001"]
     assert len(asked.cases) == NUM + 1 and len(asked.cases[-1].images) == 2
     assert f"the same image as an earlier row: 1 row ({2 * NUM + 1})" in asked.notes[-1]
+
+
+def test_images_of_a_case_without_a_patient_stay_together(images):
+    table = read_rows(images / "manifest.csv")
+    table.loc[table["case"] == "C-002", "patient"] = ""
+    table.loc[0, ["case", "patient"]] = ""
+    table.to_csv(images / "manifest.csv", index=False)
+    asked = asked_cases(make_bundle(), ImageFolder(), DataConfig(manifest=str(images / "manifest.csv")))
+    found = {case.case: (case.patient, len(case.images)) for case in asked.cases}
+    assert found["C-002"] == ("case C-002", 2) and found["row 1"] == ("row 1", 1) and found["C-001"] == ("P-000", 2)
+    assert len(asked.cases) == NUM + 1
 
 
 def test_a_share_that_is_gone_stops_the_run_and_lists_nothing_as_unreadable(bundle, images, tmp_path, monkeypatch):

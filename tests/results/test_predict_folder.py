@@ -1,5 +1,6 @@
 """A folder as it comes off a share: studies put together, names under pseudonyms, nothing lost."""
 
+import os
 import runpy
 import shutil
 import sys
@@ -174,6 +175,29 @@ def test_pictures_without_a_side_are_listed_where_sides_are_decided_about(tmp_pa
     asked = asked_cases(bundle, config, DataConfig(manifest=""))
     done = predict(bundle, origin_of(bundle), asked.cases, tmp_path / "found.csv")
     assert set(read_rows(done.image_path)["problem"]) == {"no side is stated"} and done.unscored == done.cases == 5
+
+
+def test_another_export_in_the_same_folder_is_answered_anew(bundle, tmp_path):
+    """Names and pseudonyms are those of the last one; names in another encoding are told, and do not end it."""
+    root, to = tmp_path / "pictures", tmp_path / "found.csv"
+    config = ImageFolder(images=root, key_file=tmp_path / "my.key", blank="none")
+    write_pictures(root)
+
+    def run(to):
+        asked = asked_cases(bundle, config, DataConfig(manifest=""))
+        return predict(bundle, origin_of(bundle), asked.cases, to), asked.notes
+
+    assert run(to)[0].before == 0 and run(to)[0].before == 5
+    for number, file in enumerate(sorted(root.rglob("*.png"))):
+        Image.fromarray(np.random.default_rng(number).integers(0, 120, (20, 20), dtype=np.uint8)).save(file)
+    (root / "empty.png").touch()
+    os.rename(root / "empty.png", os.fsencode(root) + "/김영희.png".encode("cp949"))
+    done, notes = run(to)
+    assert done.before == 1 and done.cases == 5  # that of the TIFF, which is the same
+    assert "1 files: name is not UTF-8: mount the share with iocharset=utf8" in notes
+    anew = run(tmp_path / "fresh.csv")[0]
+    rows, fresh = (read_rows(path).set_index("case") for path in (to, anew.path))
+    assert rows.loc[fresh.index].equals(fresh)
 
 
 def test_what_cannot_be_a_folder_of_images_is_refused(bundle, tmp_path):

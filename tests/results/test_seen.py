@@ -39,6 +39,16 @@ def test_without_patients_it_is_the_case_and_without_cases_the_image(hospital, t
     assert np.flatnonzero(seen_by(bundle, images, np.arange(120))).tolist() == SEEN
 
 
+def test_a_patient_with_new_images_is_known_by_the_pseudonym_of_the_same_key(trained):
+    _, data = trained
+    named = replace(data, patient_keys=data.patients.astype(np.uint64) + np.uint64(1))
+    whom = int(named.patients[110])
+    only_key = make_bundle(extras={"trained_on": torch.tensor([whom + 1])})
+    found = np.flatnonzero(seen_by(only_key, named, np.arange(120)))
+    assert np.array_equal(found, np.flatnonzero(named.patients == whom)) and len(found) == 10
+    assert not seen_by(only_key, data, np.arange(120)).any()  # names that are no pseudonyms mean nobody elsewhere
+
+
 def test_the_patient_is_known_by_an_image_that_is_not_scored(trained):
     bundle, data = trained
     assert seen_by(bundle, data, np.array([6, 8])).tolist() == [True, False]

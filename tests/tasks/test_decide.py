@@ -10,13 +10,13 @@ from raymed.tasks.decide import Decide, decide_of
 
 
 def data(cases=(0, 0, 1, 1, 2, 2), labels=(1, 1, 0, 0, 0, 0), sides=None, patients=None):
+    """Without patients, as a manifest that names none is read: cases count as such, or images."""
     num = len(labels)
     return SimpleNamespace(
         labels=np.array(labels),
         cases=None if cases is None else np.array(cases),
         sides=None if sides is None else np.array(sides),
-        patients=np.arange(num) if patients is None else np.array(patients),
-        has_patients=patients is not None,
+        patients=np.array(patients or cases or range(num)),
         rows=np.arange(1, num + 1),
     )
 

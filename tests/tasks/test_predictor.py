@@ -323,3 +323,13 @@ def test_other_calibrations_are_used_as_they_were_fitted(trained, completed, kin
             expit(at / 0.5) if kind == "temperature" else np.interp(at, values["logits"], values["probabilities"])
         )
         assert p.probability == pytest.approx(expected, abs=1e-6)
+
+
+def test_probability_and_threshold_tell_the_decision_also_on_a_flat_step(completed):
+    flat = {"kind": "isotonic", "logits": [-9.0, 9.0], "probabilities": [0.3, 0.3]}
+    predictor = Predictor.from_bundle(replace(completed, calibration=flat))
+    at = completed.operating_point["threshold"]
+    raw = np.array([0.01, np.nextafter(at, 0), at, np.nextafter(at, 1), 0.99])
+    told = predictor.told(raw)
+    assert (told >= predictor.threshold).tolist() == [False, False, True, True, True]
+    assert told == pytest.approx(0.3, abs=1e-12)

@@ -2,23 +2,20 @@
 weights after some steps of SGD (Adam would hide a wrong scale) with micro-batches, clipping, augmentation, captions
 drawn anew every step and a learned temperature. Workers have other images, hence unequal data."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from captioned_images import clip_recipe, load_captioned, write_captioned_images
 from small import join_group
+from tiny_clip import write_tiny_clip
 
-sys.path += [str(Path(__file__).resolve().parents[1] / folder) for folder in ("tasks", "models")]
-from captioned_images import clip_recipe, load_captioned, write_captioned_images  # noqa: E402
-from tiny_clip import write_tiny_clip  # noqa: E402
-
-from raymed.config import replace  # noqa: E402
-from raymed.distributed import leave_group  # noqa: E402
-from raymed.tasks import texts  # noqa: E402
-from raymed.train.checkpoints.checkpoint import load_weights  # noqa: E402
-from raymed.train.compute import Compute  # noqa: E402
-from raymed.train.loop import Fit  # noqa: E402
+from raymed.config import replace
+from raymed.distributed import leave_group
+from raymed.tasks import texts
+from raymed.train.checkpoints.checkpoint import load_weights
+from raymed.train.compute import Compute
+from raymed.train.loop import Fit
 
 COMPUTES = {"torch": Compute(engine="torch")} | {
     f"zero{stage}": Compute(engine="deepspeed", zero_stage=stage) for stage in range(4)

@@ -6,7 +6,7 @@ from raymed.config import UserError, replace
 from raymed.losses import LOSSES
 from raymed.space import Choice, Float
 from raymed.tasks.classifier import ClassifierRecipe
-from raymed.tune.config import Finals, Nested, SweepConfig, check_sweep, search_space
+from raymed.tune.config import Finals, SweepConfig, check_sweep, search_space
 
 RECIPE = ClassifierRecipe(method="supcon_asl")
 
@@ -90,11 +90,9 @@ def test_a_sweep_that_cannot_be_is_refused_before_it_starts(seeds, finals, sweep
         (lambda: Finals(seeds=(5, 5)), "finals.seeds must be different seeds"),
         (lambda: Finals(seeds=()), "finals.seeds must be different seeds, at least one"),
         (lambda: Finals(finalists=0), "finals.finalists must be >= 1"),
-        (lambda: Nested(outer=1), "nested.outer must be >= 2"),
-        (lambda: Nested(inner=1), "nested.inner must be >= 2"),
     ],
 )
-def test_finals_and_folds_that_cannot_be(make, said):
+def test_finals_that_cannot_be(make, said):
     with pytest.raises(UserError) as error:
         make()
     assert said in str(error.value)

@@ -6,10 +6,11 @@ description or a folder's name may hold them too, and go no further.
 
 import re
 import unicodedata
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+
+from raymed.data.intake.telling import Telling
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -24,11 +25,11 @@ SITE_TAGS = ("InstitutionName", "InstitutionalDepartmentName", "StationName")
 EMPTY, NO_IMAGE, NO_PIXELS = "empty file", "not an image", "DICOM object without an image"
 DAMAGED = "damaged header"
 
-_IDENTIFYING = ("PatientName", "PatientID", "OtherPatientIDs", "PatientBirthDate", "AccessionNumber", "StudyID")
+_IDENTIFYING = ("PatientID", "OtherPatientIDs", "PatientBirthDate", "AccessionNumber", "StudyID")
 _READ = (
     *("SOPClassUID", "Rows", "NumberOfFrames", "Modality", "SeriesDescription", "ViewPosition", "ImageLaterality"),
     *("PatientOrientation", "Manufacturer", "ManufacturerModelName", "StudyDate", "PatientAge", "PatientSex"),
-    "BurnedInAnnotation",
+    *("BurnedInAnnotation", "PatientName"),
 )
 _OLDEST = 90
 
@@ -38,10 +39,10 @@ class Found:
     """One image file.
 
     path: relative to the images' folder, with "/". frames: how many frames (slices) it holds, at least 1. key: text of
-    the key tag, "" where the file has none. patient: the Patient ID, "" where the file has none. Both are identifiers,
-    NFC and without spaces around them. tags: what there is of `COLUMNS`, never identifying. burned_in: "yes" or "no" as
-    BurnedInAnnotation says, "" where it says nothing. telling: what names the patient, or may: "path", or one of
-    `COLUMNS`, which is left out for it.
+    the key tag, patient: the Patient ID, name: the patient's name in all its scripts; "" where the file has none. These
+    are identifiers, NFC and without spaces around them. tags: what there is of `COLUMNS`, never identifying. burned_in:
+    "yes" or "no" as BurnedInAnnotation says, "" where it says nothing. telling: what names the patient, or may: "path",
+    or one of `COLUMNS`, which is left out for it.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Found:
     tags: dict[str, str] = field(default_factory=dict)
     burned_in: str = ""
     telling: tuple[str, ...] = ()
+    name: str = ""
 
 
 def describe(file: Path, path: str, key: str, site: str = "") -> Found | str:
@@ -118,18 +120,20 @@ def _dicom(file: Path, path: str, key: str, site: str) -> Found | str:
     ds = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=wanted)
     if not ds.get("Rows"):
         return NO_PIXELS if "SOPClassUID" in ds or "DirectoryRecordType" in ds or _is_part_10(ds) else NO_IMAGE
-    secrets = re.compile("|".join(_patterns(ds, key)) or r"(?!)", re.IGNORECASE)
-    tags = {name: value for name, value in _tags(ds, site).items() if value}
-    telling = [name for name in ("series", "view", "site") if secrets.search(tags.get(name, ""))]
-    telling = ["path"] * bool(secrets.search(normal(path))) + telling
+    name = _text(ds, "PatientName")
+    secrets = Telling(_identifiers(ds, key), [name])
+    tags = {column: value for column, value in _tags(ds, site).items() if value}
+    telling = [column for column in ("series", "view", "site") if secrets.within(tags.get(column, ""))]
+    telling = ["path"] * secrets.within(path) + telling
     return Found(
         path=path,
         frames=int(ds.get("NumberOfFrames") or 1),
         key=_of_path(path, key) if key in PATH_KEYS else normal(_text(ds, key)),
         patient=normal(_text(ds, "PatientID")),
-        tags={name: value for name, value in tags.items() if name not in telling},
+        tags={column: value for column, value in tags.items() if column not in telling},
         burned_in={"YES": "yes", "NO": "no"}.get(_text(ds, "BurnedInAnnotation").upper(), ""),
         telling=tuple(telling),
+        name=name,
     )
 
 
@@ -180,21 +184,7 @@ def _years(age: str) -> str:
     return str(min(int(found[1]) // {"Y": 1, "M": 12, "W": 52, "D": 365}[found[2]], _OLDEST))
 
 
-def _patterns(ds: "Dataset", key: str) -> Iterator[str]:
-    """Regular expressions for whatever names the patient: parts of the name, and numbers of four characters or more."""
-    for word in re.split(r"[\^=\s]+", _text(ds, "PatientName")):
-        if len(word) >= 2 and not word.isascii():
-            yield re.escape(word)
-        elif len(word) >= 3:
-            yield rf"(?<![^\W_]){re.escape(word)}(?![^\W_])"
-    keywords = {*_IDENTIFYING[1:], key} - {*PATH_KEYS}
-    numbers = {part for keyword in keywords for part in re.split(r"[\\\[\]',\s]+", _text(ds, keyword))}
-    yield from (_number(number) for number in sorted(numbers) if len(number) >= 4)
-
-
-def _number(number: str) -> str:
-    """A number with any zeros before it, but not as part of a longer one."""
-    short = number.lstrip("0")
-    if not number.isdecimal():
-        return re.escape(number)
-    return rf"(?<!\d)0*{short}(?!\d)" if len(short) >= 4 else rf"(?<!\d){number}(?!\d)"
+def _identifiers(ds: "Dataset", key: str) -> set[str]:
+    """Whatever numbers the patient and the study; of several values each."""
+    keywords = {*_IDENTIFYING, key} - {*PATH_KEYS}
+    return {part for keyword in keywords for part in re.split(r"[\\\[\]',\s]+", _text(ds, keyword))}

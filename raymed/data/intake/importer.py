@@ -10,23 +10,35 @@ what has been added since: pseudonyms stay the same.
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
 from raymed.config import UserError, check_choice, to_json
 from raymed.data.intake import outputs
-from raymed.data.intake.matching import one_person
+from raymed.data.intake.matching import match, one_person
 from raymed.data.intake.pictures import make_pictures, remove_others, show_boxes
 from raymed.data.intake.pseudonyms import Pseudonyms, default_key_file, load_key, private_write, vault_of
-from raymed.data.intake.rows import Finding, Row, identifier_columns, read_rows, sheet_identifiers, used_columns
+from raymed.data.intake.rows import (
+    Finding,
+    Row,
+    column_notes,
+    identifier_columns,
+    read_rows,
+    sheet_identifiers,
+    used_columns,
+)
 from raymed.data.intake.scan import Scan, scan
 from raymed.data.intake.selection import Selection, select
 from raymed.data.intake.settings import ImportConfig
-from raymed.data.intake.sheet import read_sheet
+from raymed.data.intake.sheet import clean, read_sheet
+from raymed.data.intake.telling import Telling
 from raymed.storage import storage_folder, write_atomic
+from raymed.storage.paths import not_written
 
 RECORD = "import.json"
 _SHOWN = 20
@@ -74,25 +86,26 @@ def import_data(config: ImportConfig) -> ImportReport:
     pseudonyms = Pseudonyms(key)
     _check_same_key(places.to, pseudonyms)
     places.private.mkdir(mode=0o700, exist_ok=True)
-    rows, findings, encoding = _sheet(config)
-    scanned = _scan(places, config)
-    chosen, strangers = _choose(scanned, rows, findings, places, config)
+    rows, findings, config, told = _sheet(config)
+    persons = one_person(read_sheet(config.patients, keys=None)) if config.patients else {}
+    scanned = _scan(places, persons, config)
+    told += _strangers(persons, scanned, rows, config)
+    telling = _telling(scanned, rows, config)
+    chosen = _choose(scanned, rows, findings, persons, places, config)
+    if not config.copy:
+        _check_paths(scanned, chosen, telling)
     used = _pictures(scanned, chosen, pseudonyms, places, config)
 
     table, identities = outputs.manifest_table(used, scanned.found, pseudonyms, config)
-    identifiers = outputs.image_identifiers(scanned.found, config.key) | sheet_identifiers(rows, config)
-    emptied = outputs.without_identifiers(table, identifiers, config.columns.keep)
+    emptied = outputs.without_identifiers(table, telling, config.columns.keep)
     labelled, flow = table.loc[table["label"] != "", :], outputs.flow(scanned, chosen)
     if labelled.empty:
         raise UserError("\n".join(["no image with a label is left:", *(f"  {text}: {num}" for text, num in flow)]))
     vault_of(places.key_file, key).add(identities)
-    notes = outputs.notes(scanned.found, used, chosen, config)
-    notes += [f"--patients: {strangers} of its identifiers stand in no image and no row"] * bool(strangers)
-    notes += [f"column {name}: {num} cells held an identifier and are empty" for name, num in emptied.items()]
+    notes = told + outputs.notes(scanned.found, used, chosen, config)
+    notes += [f"column {name}: {num} cells named a patient and are empty" for name, num in emptied.items()]
     if config.positive is None:
         notes.append("the command takes the rarest class for the one to be found: --positive NAME states another")
-    if encoding == "cp949":
-        notes.append("the sheet was read as cp949: where letters look wrong, state --encoding")
     manifest = places.to / "manifest.csv"
     report = ImportReport(
         manifest=manifest,
@@ -128,15 +141,18 @@ def _places(config: ImportConfig) -> _Places:
     return _Places(root, to, key_file, private)
 
 
-def _sheet(config: ImportConfig) -> tuple[list[Row], list[Finding], str]:
+def _sheet(config: ImportConfig) -> tuple[list[Row], list[Finding], ImportConfig, list[str]]:
+    """The rows, what is wrong with them, the config with the columns that go by their name, and notes on the sheet."""
     sheet = read_sheet(
         config.labels, config.sheet, config.encoding, header=config.header_row, keys=identifier_columns(config)
     )
     columns = used_columns(sheet, config, config.labels)
-    return *read_rows(sheet, columns, config.label_map()), sheet.encoding
+    notes = column_notes(sheet, config.columns, columns)
+    notes += ["the sheet was read as cp949: where letters look wrong, state --encoding"] * (sheet.encoding == "cp949")
+    return *read_rows(sheet, columns, config.label_map()), replace(config, columns=columns), notes
 
 
-def _scan(places: _Places, config: ImportConfig) -> Scan:
+def _scan(places: _Places, persons: Mapping[str, str], config: ImportConfig) -> Scan:
     from rich.console import Console
     from rich.progress import Progress
 
@@ -148,30 +164,67 @@ def _scan(places: _Places, config: ImportConfig) -> Scan:
             config.key,
             patterns=config.files,
             site=config.site,
+            persons=persons,
             checkpoint=places.private / "scan.jsonl",
             progress=lambda done, total: bar.update(task, completed=done, total=total),
         )
 
 
+def _strangers(persons: Mapping[str, str], scanned: Scan, rows: Sequence[Row], config: ImportConfig) -> list[str]:
+    """A note on identifiers in the file of patients that are nobody's here. Raises UserError where some are somebody's
+    but for a trifle, such as zeros that Excel has dropped: patients that are one would be two, in two splits."""
+    known = {image.patient for image in scanned.found} | {row.stated.get("patient", "") for row in rows}
+    nobodys, there = sorted(set(persons) - known), sorted(known - {""})
+    near = [
+        miss
+        for miss in match(there, dict(enumerate(nobodys))).near_misses
+        if persons[nobodys[miss.row]] != persons.get(there[miss.image])
+    ]
+    if near:
+        trifles = " or ".join(sorted({miss.difference for miss in near}))
+        raise UserError(
+            f"--patients {config.patients}: {len({miss.row for miss in near})} of its identifiers differ from those of "
+            f"images and sheet only in {trifles}, and would join nobody: format its cells as text and type them again, "
+            "or take their rows out"
+        )
+    return [f"--patients: {len(nobodys)} of its identifiers stand in no image and no row"] * bool(nobodys)
+
+
+def _telling(scanned: Scan, rows: Sequence[Row], config: ImportConfig) -> Telling:
+    """What must stand nowhere in the project."""
+    identifiers = outputs.image_identifiers(scanned.found, config.key) | sheet_identifiers(rows, config)
+    return Telling(identifiers, {image.name for image in scanned.found})
+
+
 def _choose(
-    scanned: Scan, rows: Sequence[Row], findings: Sequence[Finding], places: _Places, config: ImportConfig
-) -> tuple[Selection, int]:
-    """What goes with what; and how many identifiers of the file of patients are nobody's here."""
-    persons = one_person(read_sheet(config.patients)) if config.patients else {}
+    scanned: Scan,
+    rows: Sequence[Row],
+    findings: Sequence[Finding],
+    persons: Mapping[str, str],
+    places: _Places,
+    config: ImportConfig,
+) -> Selection:
+    """What goes with what."""
     chosen = select(scanned.found, rows, persons, config)
     chosen.findings[:0] = findings
     _settle(chosen.findings, places.private, config)
     if config.positive is not None:
         labels = (item.row.label for item in chosen.items)
-        check_choice("positive", config.positive, sorted({label.name for label in labels if label.kind == "class"}))
-    telling = {item.image for item in chosen.items if "path" in scanned.found[item.image].telling}
-    if telling and not config.copy:
+        check_choice(
+            "positive", clean(config.positive), sorted({label.name for label in labels if label.kind == "class"})
+        )
+    return chosen
+
+
+def _check_paths(scanned: Scan, chosen: Selection, telling: Telling) -> None:
+    """A manifest without copies repeats the images' paths."""
+    images = [scanned.found[i] for i in {item.image for item in chosen.items}]
+    num = sum("path" in image.telling or telling.within(image.path) for image in images)
+    if num:
         raise UserError(
-            f"the paths of {len(telling)} images hold a name or number of their patient, and the manifest would repeat "
+            f"the paths of {num} images hold a name or number of a patient or case, and the manifest would repeat "
             "them: leave out --no-copy"
         )
-    known = {image.patient for image in scanned.found} | {row.stated.get("patient", "") for row in rows}
-    return chosen, len(set(persons) - known)
 
 
 def _pictures(
@@ -229,20 +282,32 @@ def _key_mark(pseudonyms: Pseudonyms) -> str:
 
 
 def _counts(table: pd.DataFrame, labelled: pd.DataFrame, rows: Sequence[Row]) -> dict[str, int]:
-    return {
-        "images": len(labelled),
-        "cases": len(set(labelled["case"])),
-        "patients": len(set(labelled["patient"])),
-        "unlabelled_images": len(table) - len(labelled),
-        "rows_of_the_sheet": len(rows),
-    }
+    people = {f"{what}s": len(set(labelled[what])) for what in ("case", "patient") if what in labelled}
+    rest = {"unlabelled_images": len(table) - len(labelled), "rows_of_the_sheet": len(rows)}
+    return {"images": len(labelled)} | people | rest
+
+
+def _history(file: Path, counted: dict[str, Any]) -> dict[str, Any]:
+    """What was counted, since when that is so (seconds since 1970), and "earlier" the same of former imports: a paper
+    tells the flow of the data that its training saw, though the set has grown."""
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    earlier, former = (
+        told.get("earlier", []),
+        {"time": told.get("time", 0), **{name: told.get(name) for name in counted}},
+    )
+    if former == former | counted:
+        return former | {"earlier": earlier}
+    return counted | {"time": time.time(), "earlier": [*earlier, *[former] * bool(told)]}
 
 
 def _write(table: pd.DataFrame, labelled: pd.DataFrame, report: ImportReport, pseudonyms: Pseudonyms) -> None:
     """The manifest comes last: it is there only with all it needs."""
     to = report.manifest.parent
-    record = {"key": _key_mark(pseudonyms), "counts": report.counts, "classes": report.classes}
-    record |= {"flow": report.flow, "notes": report.notes}
-    write_atomic(to / "unlabelled.csv", table.loc[table["label"] == "", :].to_csv(index=False))
-    write_atomic(to / RECORD, to_json(record))
-    write_atomic(report.manifest, labelled.to_csv(index=False))
+    record = {"key": _key_mark(pseudonyms), "classes": report.classes, "notes": report.notes}
+    record |= _history(to / RECORD, {"counts": report.counts, "flow": [list(step) for step in report.flow]})
+    try:
+        write_atomic(to / "unlabelled.csv", table.loc[table["label"] == "", :].to_csv(index=False))
+        write_atomic(to / RECORD, to_json(record))
+        write_atomic(report.manifest, labelled.to_csv(index=False))
+    except OSError as error:
+        raise not_written(to, error) from error

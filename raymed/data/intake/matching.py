@@ -96,11 +96,13 @@ def one_person(mapping: Sheet) -> dict[str, str]:
             identifier are of one person.
 
     Raises:
-        UserError: not two columns, an empty cell, or a bad one.
+        UserError: not two columns, no names of columns, an empty cell, or a bad one.
     """
     name = "the file of patients with two identifiers"
     if mapping.bad:
         raise UserError(f"{name}: {mapping.bad[0].text}")
+    if mapping.looks_like_data:
+        raise UserError(f"{name} has no column names: what stands in its first row looks like data; put two above it")
     if mapping.table.shape[1] != 2:
         raise UserError(
             f"{name} has {mapping.table.shape[1]} columns where two are expected: an identifier, and the one that it "

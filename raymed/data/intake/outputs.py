@@ -1,6 +1,5 @@
 """What an import leaves in the project: the manifest's table, the flow of exclusions, notes, the training command."""
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,10 +14,11 @@ from raymed.data.intake.rows import FIXED, Finding
 from raymed.data.intake.scan import Scan
 from raymed.data.intake.selection import Item, Selection
 from raymed.data.intake.settings import ImportConfig
+from raymed.data.intake.sheet import clean
+from raymed.data.intake.telling import Telling
 
 Used = Sequence[tuple[Item, Picture]]
 _LISTED = 10
-_TELLING = 4  # characters; a shorter identifier is part of too many words
 _SIZE = 224
 _FREE_TEXT = ("view", "site", "scanner", "series")
 
@@ -28,7 +28,8 @@ def manifest_table(
 ) -> tuple[pd.DataFrame, dict[str, set[str]]]:
     """One row an image in the order of their paths, as text; and what each pseudonym in it stands for.
 
-    Labels that are none are "".
+    Labels that are none are "". An image without a patient counts as the case's patient; where no image has one, and
+    every case one image, nothing would follow from that, and there is no column patient.
     """
     identities: dict[str, set[str]] = {}
     records = []
@@ -45,7 +46,10 @@ def manifest_table(
         records.append(_record(item, image, picture, config) | names)
     readers = [f"label_reader{number}" for number in range(1, len(config.columns.readers) + 1)]
     columns = [*FIXED[:-3], *readers, *FIXED[-3:], *config.columns.keep]
-    return pd.DataFrame(records, columns=columns, dtype=object).fillna(""), identities
+    table = pd.DataFrame(records, columns=columns, dtype=object).fillna("")
+    if not any(item.patient for item, _ in used) and table["case"].is_unique:
+        table = table.drop(columns="patient")
+    return table, identities
 
 
 def _record(item: Item, image: Found, picture: Picture, config: ImportConfig) -> dict[str, str]:
@@ -59,17 +63,16 @@ def _record(item: Item, image: Found, picture: Picture, config: ImportConfig) ->
     return tags | stated | {"frame": ""} | where | boxes | {"label": label}
 
 
-def without_identifiers(table: pd.DataFrame, identifiers: Iterable[str], keep: Sequence[str]) -> dict[str, int]:
-    """Empty the cells of free text that hold an identifier, in place; returns how many, by column.
+def without_identifiers(table: pd.DataFrame, telling: Telling, keep: Sequence[str]) -> dict[str, int]:
+    """Empty the cells of free text that name a patient, in place; returns how many, by column.
 
     Args:
         keep: further columns of free text.
     """
-    telling = [re.escape(identifier) for identifier in sorted(identifiers) if len(identifier) >= _TELLING]
-    pattern = re.compile("|".join(telling) or r"(?!)", re.IGNORECASE)
     emptied = {}
     for column in [name for name in (*_FREE_TEXT, *keep) if name in table]:
-        found = [bool(pattern.search(text)) for text in table[column]]
+        known = {text: telling.within(text) for text in set(table[column])}
+        found = [known[text] for text in table[column]]
         table.loc[found, column] = ""
         emptied[column] = sum(found)
     return {column: num for column, num in emptied.items() if num}
@@ -148,7 +151,9 @@ def _of_tags(images: Mapping[int, Found], used: Used) -> Iterable[str]:
     if telling:
         yield f"{_files(telling)}: a description that names the patient, or that nobody else has, is left out"
     unknown = {item.image for item, _ in used if not item.patient}
-    if unknown:
+    if unknown == images.keys():
+        yield "no image has a patient: one with several cases may be in two splits (--columns.patient NAME)"
+    elif unknown:
         yield f"{_files(unknown)} without a patient: each case counts as a patient of its own"
 
 
@@ -168,7 +173,7 @@ def training_command(manifest: Path, root: Path, labelled: pd.DataFrame, used: U
     The positive class is the stated one, else the rarest.
     """
     counts = labelled["label"].value_counts()
-    positive = config.positive or min(counts.index, key=lambda name: (counts[name], name))
+    positive = clean(config.positive or "") or min(counts.index, key=lambda name: (counts[name], name))
     flags: dict[str, object] = {"manifest": manifest, "positive": positive}
     if not config.copy:
         flags["root"] = root.absolute()

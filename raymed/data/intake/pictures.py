@@ -6,6 +6,7 @@ A PNG written here holds pixels only. Its name follows from the file, its time, 
 interrupted import goes on where it was: pictures.jsonl says which are done, and holds no identifiers.
 """
 
+import functools
 import io
 import json
 import threading
@@ -18,12 +19,13 @@ import numpy as np
 from raymed.config import UserError
 from raymed.data.cache import on_threads
 from raymed.data.intake.pseudonyms import Pseudonyms, private_write
-from raymed.data.intake.scan import PATIENCE, patiently
+from raymed.data.intake.scan import CLOSED, PATIENCE, answers, patiently
 from raymed.data.intake.settings import Box
 from raymed.data.intake.text_regions import blank, text_boxes
 from raymed.data.readers import ImageProblem, read
 from raymed.data.regions import parse_boxes
 from raymed.storage import write_atomic
+from raymed.storage.paths import not_written
 
 FOLDER, RECORD = "images", "pictures.jsonl"
 _VERSION = 1  # counts up when the same file gives another picture
@@ -60,7 +62,7 @@ def make_pictures(
         copy: False = only look at them.
 
     Raises:
-        UserError: the share stopped answering; the same call goes on.
+        UserError: the share stopped answering, or the disk takes no more; the same call goes on.
     """
     (to / FOLDER if copy else to).mkdir(parents=True, exist_ok=True)
     done = _done(to)
@@ -72,24 +74,37 @@ def make_pictures(
             return Picture("")
         try:
             name = _name(pseudonyms, root, path, frame, f"{blanked} {copy}", patience)
-            if name in done and (done[name].problem or not copy or (to / FOLDER / f"{name}.png").is_file()):
+            if name in done and (not copy or (to / FOLDER / f"{name}.png").is_file()):
                 return done[name]
             picture = _make(root / path, frame, to / FOLDER / f"{name}.png", blanked, copy, patience)
         except OSError:
+            if answers(root):
+                return Picture("", problem=CLOSED)
             silent.set()
             return Picture("")
-        with writing, (to / RECORD).open("a") as record:
-            record.write(json.dumps(asdict(picture)) + "\n")
+        if not picture.problem:  # it may be read another time: with a decoder, with permission
+            with writing:
+                _note(picture, to / RECORD)
         return picture
 
     pictures = on_threads(one, len(wanted), "Copying" if copy else "Looking for text")
     if silent.is_set():
-        num = sum(1 for picture in pictures if picture.name)
-        raise UserError(
-            f"{root} stopped answering after {num} of {len(wanted)} images: check the share or the network; then the "
-            "same command goes on from there"
-        )
+        raise _silent(root, f"after {sum(1 for picture in pictures if picture.name)} of {len(wanted)} images")
     return pictures
+
+
+def _silent(root: Path, reached: str) -> UserError:
+    return UserError(
+        f"{root} stopped answering {reached}: check the share or the network; then the same command goes on from there"
+    )
+
+
+def _note(picture: Picture, file: Path) -> None:
+    try:
+        with file.open("a") as record:
+            record.write(json.dumps(asdict(picture)) + "\n")
+    except OSError as error:
+        raise not_written(file, error) from error
 
 
 def remove_others(to: Path, names: set[str]) -> None:
@@ -99,17 +114,26 @@ def remove_others(to: Path, names: set[str]) -> None:
             file.unlink()
 
 
-def show_boxes(root: Path, wanted: Sequence[tuple[str, int | None]], pictures: Sequence[Picture], file: Path) -> int:
+def show_boxes(
+    root: Path,
+    wanted: Sequence[tuple[str, int | None]],
+    pictures: Sequence[Picture],
+    file: Path,
+    patience: Sequence[float] = PATIENCE,
+) -> int:
     """Draw the first images with boxes, the boxes framed in red, into one private PNG; returns how many it shows.
 
-    It shows identities: it belongs beside the key.
+    It shows identities: it belongs beside the key. Raises UserError where the share stopped answering.
     """
     from PIL import Image, ImageDraw, ImageOps
 
     tiles = []
     for (path, frame), picture in zip(wanted, pictures, strict=True):
         if picture.boxes and len(tiles) < _SHOWN:
-            tile = ImageOps.contain(Image.fromarray(_grey(read(root / path, frame))), (_TILE, _TILE)).convert("RGB")
+            pixels = _shown(root, path, frame, patience)
+            if pixels is None:
+                continue
+            tile = ImageOps.contain(Image.fromarray(_grey(pixels)), (_TILE, _TILE)).convert("RGB")
             scale = tile.width / picture.size[1]
             for box in picture.boxes:
                 x0, y0, x1, y1 = (round(scale * edge) for edge in box)
@@ -126,6 +150,16 @@ def show_boxes(root: Path, wanted: Sequence[tuple[str, int | None]], pictures: S
     return len(tiles)
 
 
+def _shown(root: Path, path: str, frame: int | None, patience: Sequence[float]) -> np.ndarray | None:
+    """The pixels, or None where this one file cannot be read any more."""
+    try:
+        return _read(root / path, frame, patience)
+    except (ImageProblem, OSError) as problem:
+        if isinstance(problem, OSError) and not answers(root):
+            raise _silent(root, "while what is blanked was drawn") from problem
+        return None
+
+
 def boxes_text(boxes: Sequence[Box]) -> str:
     """As the manifest has them: "x0 y0 x1 y1;..."."""
     return ";".join(" ".join(map(str, box)) for box in boxes)
@@ -139,8 +173,10 @@ def _done(to: Path) -> dict[str, Picture]:
             plain = json.loads(line)
         except json.JSONDecodeError:  # cut off when the process was killed
             continue
+        if plain["problem"]:
+            continue
         boxes = tuple((x0, y0, x1, y1) for x0, y0, x1, y1 in plain["boxes"])
-        pictures[plain["name"]] = Picture(plain["name"], tuple(plain["size"]), boxes, plain["problem"])
+        pictures[plain["name"]] = Picture(plain["name"], tuple(plain["size"]), boxes)
     return pictures
 
 
@@ -157,7 +193,10 @@ def _make(file: Path, frame: int | None, target: Path, blanked: str, copy: bool,
         return Picture(name, problem=_reason(problem))
     boxes = _boxes(pixels, blanked)
     if copy:
-        write_atomic(target, _as_png(blank(pixels, boxes)))
+        try:
+            write_atomic(target, _as_png(blank(pixels, boxes)))
+        except OSError as error:
+            raise not_written(target, error) from error
     return Picture(name, pixels.shape[:2], tuple(boxes))
 
 
@@ -170,7 +209,7 @@ def _reason(problem: Exception) -> str:
 def _read(file: Path, frame: int | None, patience: Sequence[float]) -> np.ndarray:
     """The pixels. A file that cannot be read because its share is gone raises OSError, not ImageProblem."""
     try:
-        return read(file, frame)
+        return patiently(functools.partial(read, file, frame), patience)
     except ImageProblem:
         patiently(file.read_bytes, patience)
         return read(file, frame)

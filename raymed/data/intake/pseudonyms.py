@@ -13,6 +13,7 @@ import base64
 import hmac
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterable, Mapping
@@ -21,10 +22,13 @@ from pathlib import Path
 from raymed.config import UserError, check_choice
 from raymed.data.intake.header import normal
 from raymed.storage import lock, write_atomic
+from raymed.storage.paths import not_written
 
 _KINDS = {"patient": ("P", 8), "case": ("C", 8), "image": ("I", 16)}
 """Letter and number of characters, 5 bits each: 100 000 patients collide with a probability of 0.5 %, and then it is
 noticed (`Vault.add`)."""
+PSEUDONYM = re.compile("[PC]-[A-Z2-7]{8}")
+"""What the pseudonym of a patient or case looks like."""
 _BYTES = 32
 
 
@@ -54,17 +58,20 @@ class Vault:
 
         self._cipher = Fernet(base64.urlsafe_b64encode(hmac.digest(key, b"vault", "sha256")))
         self._path = path
+        self._pseudonyms = Pseudonyms(key)
 
     def add(self, entries: Mapping[str, Iterable[str]]) -> None:
         """Remember identifiers, beside those that are known.
 
-        A patient may have several. Raises UserError where a case or image pseudonym would stand for two.
+        A patient may have several, of which the pseudonym is that of one. Raises UserError where it is that of two
+        patients, or one of a case or image would stand for two.
         """
         with lock(self._path.with_suffix(".lock")):
             known = self._read()
             for pseudonym, identifiers in entries.items():
                 together = sorted({*known.get(pseudonym, []), *identifiers})
-                if len(together) > 1 and not pseudonym.startswith("P-"):
+                own = {normal(one) for one in together if self._pseudonyms.of("patient", one) == pseudonym}
+                if len(own if pseudonym.startswith("P-") else together) > 1:
                     raise UserError(f"two identifiers have the pseudonym {pseudonym}: import with another --key-file")
                 known[pseudonym] = together
             private_write(self._path, self._cipher.encrypt(json.dumps(known, ensure_ascii=False).encode()))
@@ -141,6 +148,8 @@ def private_write(path: Path, data: str | bytes) -> None:
     before = os.umask(0o077)
     try:
         write_atomic(path, data)
+    except OSError as error:
+        raise not_written(path, error) from error
     finally:
         os.umask(before)
 

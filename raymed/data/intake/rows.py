@@ -1,26 +1,31 @@
 """The rows of the sheet: their key, what their label means, and what else they state, in the manifest's words."""
 
+import difflib
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from raymed.config import UserError, check_choice
+from raymed.config import UserError
 from raymed.data.intake.header import PATH_KEYS
 from raymed.data.intake.labels import Label, LabelMap
 from raymed.data.intake.settings import ImportConfig, SheetColumns
-from raymed.data.intake.sheet import Sheet
+from raymed.data.intake.sheet import Sheet, plain
 
 FIXED = ("image", "label", "patient", "case", "side", "view", "frame", "site", "scanner", "year", "age", "sex")
 FIXED += ("modality", "series", "right", "blank_boxes", "burned_in")
 """Columns of every manifest that an import writes, besides those of readers."""
-_LABEL_NAMES = ("label", "result")
+_BY_NAME = {"label": ("label", "result"), "patient": ("patient", "patientid")}
+_BY_NAME |= {name: (name,) for name in ("view", "site", "age", "sex")}
+"""Columns that are used without being named, by their plain names."""
 _OLDEST = 90
 _SIDES = {"left": ("l", "lt", "left", "좌", "좌측", "왼쪽"), "right": ("r", "rt", "right", "우", "우측", "오른쪽")}
 _SIDES |= {"both": ("b", "both", "bilateral", "양측", "양쪽")}
 _SEXES = {"F": ("f", "female", "여", "여자", "여성"), "M": ("m", "male", "남", "남자", "남성"), "O": ("o", "other")}
 _AGE = re.compile(r"0*(\d{1,3})(?:\.0+)? ?(?:y|yrs?|years?|세)?")
+_FILE = re.compile(r"\.(png|jpe?g|tiff?|bmp|dcm|dicom|nii(\.gz)?)$", re.IGNORECASE)
 _MANY = 20  # classes
 
 
@@ -54,24 +59,67 @@ class Row:
 
 def used_columns(sheet: Sheet, config: ImportConfig, path: Path) -> SheetColumns:
     """The columns with those that go by their name filled in. Raises UserError for a column that is not there."""
-    given, folded = config.columns, {name.casefold(): name for name in sheet.table.columns}
-    label = given.label or next((folded[name] for name in _LABEL_NAMES if name in folded), None)
-    if label is None:
-        names = ", ".join(map(repr, sheet.table.columns))
-        raise UserError(f"{path}: which column holds the label (--columns.label NAME)? The columns are {names}")
-    columns = replace(given, key=given.key or config.key, label=label)
-    for name in _names(columns):
-        check_choice(f"column of {path.name}", name, sheet.table.columns)
+    given, names = config.columns, list(sheet.table.columns)
+    found = {field: _called(field, names) for field in _BY_NAME if getattr(given, field) is None}
+    if config.site:
+        found.pop("site", None)
+    columns = replace(given, key=given.key or config.key, **found)
+    if not columns.label:
+        _check_header(sheet, config, path)
+        listing = ", ".join(map(repr, names))
+        raise UserError(f"{path}: which column holds the label (--columns.label NAME)? The columns are {listing}")
+    for what, name in _named(columns):
+        if name not in names:
+            _check_header(sheet, config, path)
+            raise UserError(_no_such_column(sheet, path, what, name))
     clash = sorted({*columns.keep} & {*FIXED})
     if clash:
         raise UserError(f"--columns.keep {clash[0]}: the manifest has a column of that name; rename it in the sheet")
     return columns
 
 
+def _check_header(sheet: Sheet, config: ImportConfig, path: Path) -> None:
+    """Before columns are listed by their names. Raises UserError where those look like data, and may name somebody."""
+    if sheet.looks_like_data:
+        raise UserError(
+            f"{path}: row {config.header_row} is to hold the names of its {sheet.table.shape[1]} columns, and looks "
+            "like data: put names above it, or name the row that holds them (--header-row)"
+        )
+
+
+def column_notes(sheet: Sheet, given: SheetColumns, used: SheetColumns) -> list[str]:
+    """Which columns are used because of their names, and which are not used."""
+    found = [field for field in _BY_NAME if getattr(given, field) is None and getattr(used, field)]
+    notes = [
+        f"{field}: column {getattr(used, field)!r}, by its name (--columns.{field} '' leaves it unused)"
+        for field in found
+        if field != "label"
+    ]
+    rest = [repr(name) for name in sheet.table.columns if name not in {name for _, name in _named(used)}]
+    return [*notes, *[f"columns of the sheet that are not used: {', '.join(rest)}"] * bool(rest)]
+
+
+def _called(field: str, names: Sequence[str]) -> str | None:
+    known = {plain(name): name for name in names}
+    return next((known[name] for name in _BY_NAME[field] if name in known), None)
+
+
+def _no_such_column(sheet: Sheet, path: Path, field: str, name: str) -> str:
+    names = list(sheet.table.columns)
+    known = {plain(one): one for one in names}
+    near = difflib.get_close_matches(plain(name), known, n=1)
+    hint = f" Did you mean --columns.{field} {shlex.quote(known[near[0]])}?" if near else ""
+    paths = next((one for one in names if _FILE.search(next(iter(sheet.table[one]), ""))), None)
+    if field == "key" and paths:
+        hint = f" If {paths!r} links rows to images: --key path --columns.key {shlex.quote(paths)}"
+    return f"{path} has no column {name!r} (--columns.{field}); its columns are {', '.join(map(repr, names))}.{hint}"
+
+
 def identifier_columns(config: ImportConfig) -> tuple[str, ...]:
-    """Columns that hold identifiers."""
+    """Columns that hold identifiers, those that go by their name included."""
     columns = config.columns
-    return tuple(name for name in (columns.key or config.key, columns.patient, columns.case) if name)
+    patient = _BY_NAME["patient"] if columns.patient is None else (columns.patient,)
+    return tuple(name for name in (columns.key or config.key, *patient, columns.case) if name)
 
 
 def read_rows(sheet: Sheet, columns: SheetColumns, labels: LabelMap) -> tuple[list[Row], list[Finding]]:
@@ -81,7 +129,7 @@ def read_rows(sheet: Sheet, columns: SheetColumns, labels: LabelMap) -> tuple[li
         UserError: the labels have very many texts and no mapping says what they mean.
     """
     findings: list[Finding] = []
-    used = _names(columns)
+    used = {name for _, name in _named(columns)}
     bad = [cell for cell in sheet.bad if cell.column in used]
     rows = []
     for number, cells in zip(sheet.table.index.tolist(), sheet.table.to_dict("records"), strict=True):
@@ -100,10 +148,10 @@ def read_rows(sheet: Sheet, columns: SheetColumns, labels: LabelMap) -> tuple[li
     return _without_duplicates(rows, findings), findings
 
 
-def _names(columns: SheetColumns) -> list[str]:
-    """All columns that are used."""
-    values = [value for value in vars(columns).values() if value]
-    return [name for value in values for name in ([value] if isinstance(value, str) else value)]
+def _named(columns: SheetColumns) -> list[tuple[str, str]]:
+    """(field, column) of all columns that are used."""
+    fields = [(field, [value] if isinstance(value, str) else value) for field, value in vars(columns).items() if value]
+    return [(field, name) for field, names in fields for name in names]
 
 
 def _stated(cells: Mapping[str, str], columns: SheetColumns, labels: LabelMap) -> dict[str, str]:

@@ -13,15 +13,16 @@ import json
 import os
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TextIO, TypeVar
 
 from raymed.config import UserError, check_choice
-from raymed.data.intake.header import COLUMNS, PATH_KEYS, SITE_TAGS, Found, describe
+from raymed.data.intake.header import COLUMNS, PATH_KEYS, SITE_TAGS, Found, describe, normal
 
-__all__ = ["CLOSED", "COLUMNS", "LINK", "PATH_KEYS", "PATIENCE", "SITE_TAGS", "Found", "Scan", "patiently", "scan"]
+__all__ = ["CLOSED", "COLUMNS", "FOREIGN", "LINK", "PATH_KEYS", "PATIENCE", "SITE_TAGS", "Found", "Scan"]
+__all__ += ["answers", "is_foreign", "patiently", "scan"]
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ PATIENCE = (0.5, 1.0, 2.0, 4.0, 8.0)
 """Seconds to wait before a silent share is asked again."""
 _FREE_TEXT = "series"
 CLOSED, LINK = "cannot be opened", "link to a folder, not followed"
+FOREIGN = "name is not UTF-8: mount the share with iocharset=utf8"
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ def scan(
     *,
     patterns: Sequence[str] = ("*",),
     site: str = "",
+    persons: Mapping[str, str] | None = None,
     checkpoint: Path | None = None,
     patience: Sequence[float] = PATIENCE,
     progress: Callable[[int, int], None] | None = None,
@@ -67,6 +70,7 @@ def scan(
         key: DICOM keyword that links an image to its label, or "path", "name", "stem" (see `PATH_KEYS`).
         patterns: only files whose relative path matches one of them, such as "*.dcm" ("*" matches "/" too).
         site: DICOM keyword that becomes the column `site`, one of `SITE_TAGS`; "" = no such column.
+        persons: Patient ID -> the one that stands for the person, for those with several.
         checkpoint: file that holds what was scanned until all is done, then removed. It holds identifiers: it belongs
             beside the key of the pseudonyms. None = an interrupted scan begins again.
         patience: seconds to wait before each further try.
@@ -99,15 +103,15 @@ def scan(
         checkpoint.unlink(missing_ok=True)
     others = Counter(result for result in results if isinstance(result, str))
     found = [result for result in results if isinstance(result, Found)]
-    return Scan(list(_without_rare_texts(found)), dict(sorted(others.items())))
+    return Scan(list(_without_rare_texts(found, persons or {})), dict(sorted(others.items())))
 
 
-def _without_rare_texts(found: Sequence[Found]) -> Iterator[Found]:
+def _without_rare_texts(found: Sequence[Found], persons: Mapping[str, str]) -> Iterator[Found]:
     """The images without descriptions of a series that only one of several patients has: what nobody else has may be a
     name, also in letters that the header does not spell it in."""
     patients: dict[str, set[str]] = defaultdict(set)
     for image in found:
-        patients[image.tags.get(_FREE_TEXT, "")].add(image.patient or image.key)
+        patients[image.tags.get(_FREE_TEXT, "")].add(persons.get(image.patient, image.patient) or image.key)
     several = len(set().union(*patients.values())) > 1
     for image in found:
         if several and _FREE_TEXT in image.tags and len(patients[image.tags[_FREE_TEXT]]) == 1:
@@ -117,10 +121,11 @@ def _without_rare_texts(found: Sequence[Found]) -> Iterator[Found]:
 
 
 def _folder(folder: str | Path) -> Path:
-    if os.name != "nt" and str(folder).startswith("\\\\"):
-        share = str(folder).replace("\\", "/")
+    if os.name != "nt" and str(folder).startswith(("\\\\", "smb:")):
+        share = str(folder).removeprefix("smb:").replace("\\", "/")
+        share = f"//{share.lstrip('/')}"
         raise UserError(
-            f"{folder} is a Windows path: mount the share on this machine (mount -t cifs {share} /mnt/images) and give "
+            f"{folder} is a share of Windows: mount it on this machine (mount -t cifs {share} /mnt/images) and give "
             "that folder"
         )
     root = Path(folder)
@@ -141,7 +146,7 @@ def _check_tags(key: str, site: str) -> None:
 
 
 def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(path.casefold(), pattern.casefold()) for pattern in patterns)
+    return any(fnmatch.fnmatch(normal(path).casefold(), normal(pattern).casefold()) for pattern in patterns)
 
 
 def _files(root: Path, patience: Sequence[float]) -> Iterator[_File]:
@@ -152,7 +157,7 @@ def _files(root: Path, patience: Sequence[float]) -> Iterator[_File]:
         try:
             entries = patiently(functools.partial(_entries, root, below), patience)
         except OSError:
-            if not below or not _answers(root):
+            if not below or not answers(root):
                 raise
             yield _File(below, closed=CLOSED)
             continue
@@ -165,7 +170,10 @@ def _entries(root: Path, below: str) -> list[_File | str]:
     with os.scandir(root / below) as listing:
         entries: list[_File | str] = []
         for entry in sorted(listing, key=lambda entry: entry.name):
-            if entry.is_dir(follow_symlinks=False):
+            if is_foreign(entry.name):
+                shown = os.fsencode(f"{below}{entry.name}").decode("cp949", "replace")
+                entries.append(_File(shown, closed=FOREIGN))
+            elif entry.is_dir(follow_symlinks=False):
                 entries.append(f"{below}{entry.name}/")
             elif entry.is_file():
                 status = entry.stat()
@@ -175,13 +183,18 @@ def _entries(root: Path, below: str) -> list[_File | str]:
         return entries
 
 
+def is_foreign(name: str) -> bool:
+    """Whether a file's name holds bytes that are no UTF-8, as one in cp949 does."""
+    return any("\udc80" <= sign <= "\udcff" for sign in name)
+
+
 def _describe(root: Path, file: _File, key: str, site: str, patience: Sequence[float]) -> Found | str:
     if file.closed:
         return file.closed
     try:
         return patiently(functools.partial(describe, root / file.path, file.path, key, site), patience)
     except OSError:
-        if not _answers(root):
+        if not answers(root):
             raise
         return CLOSED
 
@@ -202,7 +215,7 @@ def patiently(call: Callable[[], T], patience: Sequence[float] = PATIENCE) -> T:
     return call()
 
 
-def _answers(root: Path) -> bool:
+def answers(root: Path) -> bool:
     """Whether the folder is still there. One that has lost its share may be there and empty."""
     try:
         with os.scandir(root) as listing:

@@ -71,7 +71,7 @@ def select(found: Sequence[Found], rows: Sequence[Row], persons: Mapping[str, st
         patients = {persons.get(name, name) for i in images if (name := found[i].patient)}
         patients |= {persons.get(name, name) for row in same if (name := row.stated.get("patient", ""))}
         if len(patients) > 1:
-            _several_patients(chosen, same, images, sorted(patients))
+            _several_patients(chosen, same, images, sorted(patients), config.columns.patient)
             continue
         for i in images:
             _link(chosen, i, found, [*images], same, next(iter(patients), ""), config)
@@ -96,17 +96,28 @@ def _report_unmatched(
     if not matches.rows:
         alike = Counter(near.difference for near in matches.near_misses).most_common(1)
         hint = f" {alike[0][1]} pairs differ only in {alike[0][0]}: mend that in the sheet." if alike else ""
+        files = {_file_name(image.path) for image in found}
+        named = sum(1 for row in by_number.values() if _file_name(row.key) in files)
+        if config.key == "path" and named:
+            hint += f" {named} rows end in the name of an image: --images must be where the sheet's paths begin."
         raise UserError(
-            f"no image has a {config.key} that stands in the sheet ({len(found)} images, {len(by_number)} rows).{hint} "
+            f"no {config.key} of an image stands in the sheet ({len(found)} images, {len(by_number)} rows).{hint} "
             "Check --key and --columns.key"
         )
 
 
-def _several_patients(chosen: Selection, rows: Sequence[Row], images: Sequence[int], patients: Sequence[str]) -> None:
+def _file_name(path: str) -> str:
+    return path.replace("\\", "/").rpartition("/")[2]
+
+
+def _several_patients(
+    chosen: Selection, rows: Sequence[Row], images: Sequence[int], patients: Sequence[str], column: str | None
+) -> None:
     kind, numbers = "several patients with one key", ", ".join(str(row.number) for row in rows)
     alike = difference(patients[0], patients[1])
     hint = f", which differ only in {alike}" if alike else ""
-    text = f"row {numbers}: {len(images)} images with its key and the sheet name {len(patients)} patients{hint}"
+    who = f"{len(images)} image{'s' * (len(images) != 1)} with its key" + f" and the column {column!r}" * bool(column)
+    text = f"row {numbers}: {who} name {len(patients)} patients{hint}"
     chosen.findings.append(Finding(kind, text, rows[0].number, rows[0].key, stops=True))
     for i in images:
         chosen.leave_out(i, kind)
@@ -161,10 +172,12 @@ def _only_modalities(chosen: Selection, found: Sequence[Found], wanted: Sequence
     """Leave out images of other modalities."""
     stated = {item.image: found[item.image].tags.get("modality", "") for item in chosen.items}
     counts = Counter(stated.values())
+    listing = ", ".join(f"{name or 'not stated'} ({num})" for name, num in counts.most_common())
     if not wanted and len(counts) > 1:
-        listing = ", ".join(f"{name or 'not stated'} ({num})" for name, num in counts.most_common())
         first = counts.most_common(1)[0][0]
         raise UserError(f"the labelled images have several modalities: {listing}. State yours: --modalities {first}")
+    if wanted and counts and counts.keys().isdisjoint(wanted):
+        raise UserError(f"no labelled image has the modality {' or '.join(wanted)} (--modalities); there are {listing}")
     for i, modality in stated.items():
         if wanted and modality not in wanted:
             chosen.leave_out(i, f"modality {modality or 'not stated'}")

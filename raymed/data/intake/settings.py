@@ -6,6 +6,7 @@ from typing import Literal
 
 from raymed.config import UserError, check_choice, check_range
 from raymed.data.intake.labels import LabelMap, parse_map
+from raymed.data.intake.sheet import clean
 from raymed.data.regions import BOX_FORMAT, parse_boxes
 
 Box = tuple[int, int, int, int]
@@ -13,7 +14,8 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class SheetColumns:
-    """Columns of the sheet. What it states goes before what the image's header states; None = not in the sheet."""
+    """Columns of the sheet. What it states goes before what the image's header states. None = not in the sheet; but
+    patient, view, site, age and sex are then taken from a column of that name, unless they are ""."""
 
     key: str | None = None
     """What links a row to its images; None = the column called as --key."""
@@ -22,7 +24,8 @@ class SheetColumns:
     readers: tuple[str, ...] = ()
     """The class as several readers see it, a column each: label_reader1, label_reader2, ... of the manifest."""
     patient: str | None = None
-    """The patient's identifier: compared with that in the image's header, used where there is none."""
+    """The patient's identifier: compared with that in the image's header, used where there is none. None = a column
+    called patient or patient_id."""
     case: str | None = None
     """The case's (study's) identifier; None = the key is."""
     side: str | None = None
@@ -38,6 +41,12 @@ class SheetColumns:
     sex: str | None = None
     keep: tuple[str, ...] = ()
     """Further columns that go into the manifest as they are. Cells that hold an identifier are emptied."""
+
+    def __post_init__(self) -> None:
+        # The sheet's texts are NFC, and a name that is typed or copied on a Mac may be NFD.
+        for field, value in vars(self).items():
+            if value:
+                object.__setattr__(self, field, clean(value) if isinstance(value, str) else tuple(map(clean, value)))
 
 
 @dataclass(frozen=True)

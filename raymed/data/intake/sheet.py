@@ -57,6 +57,12 @@ class Sheet:
     bad: list[BadCell]
     encoding: str = ""
 
+    @property
+    def looks_like_data(self) -> bool:
+        """Whether what should be the columns' names looks like a row of data: a long number or a date, a text that
+        stands in its column again, or one with digits that is built like one below it (ACC0 and ACC1)."""
+        return any(_is_data(str(name), set(self.table[name])) for name in self.table.columns)
+
 
 @dataclass
 class _Grid:
@@ -75,7 +81,7 @@ def read_sheet(
     encoding: str | None = None,
     *,
     header: int = 1,
-    keys: Sequence[str] = (),
+    keys: Sequence[str] | None = (),
 ) -> Sheet:
     """Read one sheet of an Excel file (.xlsx, .xlsm), or a CSV or TSV file.
 
@@ -83,7 +89,8 @@ def read_sheet(
         sheet: its name; None = the only one that is not empty.
         encoding: of a text file; None = UTF-8, or UTF-16 where a byte order mark says so, else cp949 (Korean Windows).
         header: number of the row that holds the columns' names.
-        keys: columns that hold identifiers: dates, cut off and rounded numbers in them are bad cells.
+        keys: columns that hold identifiers, as `plain` has their names (None = all): dates, cut off and rounded numbers
+            in them are bad cells.
 
     Returns:
         The sheet: texts are NFC without spaces around them; whole numbers are written whole, with the zeros of their
@@ -95,7 +102,7 @@ def read_sheet(
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"there is no file {path}: give the sheet with the labels")
+        raise UserError(f"there is no file {path}: check its name and folder")
     check_choice("the sheet's ending", path.suffix.lower(), (*_EXCEL, *_TEXT))
     used = ""
     if path.suffix.lower() in _EXCEL:
@@ -110,6 +117,22 @@ def clean(text: str) -> str:
     return unicodedata.normalize("NFC", text.translate(_INVISIBLE)).strip()
 
 
+def plain(name: str) -> str:
+    """A column's name without capitals, spaces, hyphens and underscores: "Patient ID" is "patientid"."""
+    return re.sub(r"[\s_-]", "", name).casefold()
+
+
+def _is_data(name: str, below: set[str]) -> bool:
+    if name in below or re.fullmatch(r"[\W\d_]*\d{4}[\W\d_]*", name):
+        return True
+    return bool(re.search(r"\d", name)) and _built(name) in map(_built, below)
+
+
+def _built(text: str) -> str:
+    """How a text is built: "ACC0-12" is "a9-99"."""
+    return re.sub(r"[^\W\d_]+", "a", re.sub(r"\d", "9", text))
+
+
 def address(row: int, column: int) -> str:
     """(17, 2) -> "B17"."""
     letters = ""
@@ -119,7 +142,7 @@ def address(row: int, column: int) -> str:
     return f"{letters}{row}"
 
 
-def _with_header(grid: _Grid, path: Path, header: int, keys: Sequence[str], encoding: str) -> Sheet:
+def _with_header(grid: _Grid, path: Path, header: int, keys: Sequence[str] | None, encoding: str) -> Sheet:
     if header < 1 or len(grid.texts) < header or not any(grid.texts[header - 1]):
         raise UserError(f"{path} has no column names in row {header}: name the row that holds them (--header-row)")
     for name, rows in grid.merged:
@@ -136,7 +159,8 @@ def _with_header(grid: _Grid, path: Path, header: int, keys: Sequence[str], enco
         columns=list(names.values()),
         dtype=object,
     )
-    unfit = {where: what for where, what in grid.unfit.items() if names.get(where[1]) in keys}
+    identifiers = {plain(key) for key in (names.values() if keys is None else keys)}
+    unfit = {where: what for where, what in grid.unfit.items() if plain(names.get(where[1], "")) in identifiers}
     bad = [
         BadCell(row, names[at], kind, text)
         for (row, at), (kind, text) in sorted((unfit | grid.bad).items())
@@ -160,7 +184,7 @@ def _names(cells: Sequence[str], rows: dict[int, list[str]], path: Path, header:
         if name in names.values():
             other = next(column for column, known in names.items() if known == name)
             places = f"{address(header, other)} and {address(header, at)}"
-            raise UserError(f"{path}: {places} are both called {name!r}: give the columns different names")
+            raise UserError(f"{path}: {places} hold the same text: give the columns different names")
         names[at] = name
     return names
 
@@ -195,8 +219,9 @@ def _worksheet(path: Path, sheet: str | None, *, values: bool) -> "Worksheet":
     except Exception as error:  # openpyxl raises whatever zipfile and its XML parsers do
         raise UserError(f"{path} cannot be read as an Excel file ({type(error).__name__}): save it again") from error
     if sheet is not None:
-        check_choice(f"sheet of {path.name}", sheet, [one.title for one in book.worksheets])
-        return book[sheet]  # type: ignore[return-value]
+        titles = {clean(one.title): one for one in book.worksheets}
+        check_choice(f"sheet of {path.name}", clean(sheet), titles)
+        return titles[clean(sheet)]
     filled = [one for one in book.worksheets if one.max_row > 1 or one["A1"].value is not None]
     if len(filled) == 1:
         return filled[0]

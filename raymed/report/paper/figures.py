@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FOREST = ("auroc", "sensitivity", "specificity")
 MARKERS = "osD^vP*X"
+_LEGEND_LINE = 3.7  # mm, of a legend below its panel
 
 
 def draw_figures(folder: Path, record: PaperRecord) -> list[str]:
@@ -45,11 +46,12 @@ def _discrimination(stem: Path, record: PaperRecord) -> None:
     """ROC with the operating point and the readers, beside precision-recall; one alone takes one column."""
     curves = record.curves
     panels = [draw for draw, there in ((_roc, curves.roc), (_precision_recall, curves.precision_recall)) if there]
-    with journal_figure(stem, TWO_COLUMNS if len(panels) == 2 else ONE_COLUMN, 92) as drawn:
+    lines = max(len(curves.roc) + 1 + len(record.readers), len(curves.precision_recall))
+    with journal_figure(stem, TWO_COLUMNS if len(panels) == 2 else ONE_COLUMN, 92 + _LEGEND_LINE * lines) as drawn:
         grid = np.atleast_1d(drawn.subplots(1, len(panels)))
         for axes, draw, name in zip(grid, panels, "ab", strict=False):
             draw(axes, record)
-            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1)
+            axes.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01), box_aspect=1, anchor="N")
             if len(panels) > 1:
                 letter(axes, name)
 
@@ -64,7 +66,7 @@ def _roc(axes: Axes, record: PaperRecord) -> None:
         if {"sensitivity", "specificity"} <= figures.keys():
             _point(axes, figures, MARKERS[1 + position % (len(MARKERS) - 1)], "black", reader)
     axes.set(xlabel="1 − specificity", ylabel="Sensitivity")
-    axes.legend(loc="lower right")
+    _legend_below(axes)
 
 
 def _point(axes: Axes, figures: Figures, marker: str, color: str, name: str) -> None:
@@ -91,7 +93,12 @@ def _precision_recall(axes: Axes, record: PaperRecord) -> None:
             f"prevalence {prevalence:.2f}", (0.02, prevalence), (0, 2), textcoords="offset points", color=GREY
         )
     axes.set(xlabel="Recall (sensitivity)", ylabel="Precision (PPV)")
-    axes.legend(loc="best")
+    _legend_below(axes)
+
+
+def _legend_below(axes: Axes) -> None:
+    """Below the axis: a curve may run through any corner of the panel."""
+    axes.legend(loc="upper left", bbox_to_anchor=(0, -0.13), borderaxespad=0, borderpad=0)
 
 
 def _lines(axes: Axes, curves: Mapping[str, Curve], performance: Mapping[str, Figures], metric: str) -> None:

@@ -22,7 +22,12 @@ def evaluation_facts(found: ClinicalRecord) -> dict[str, Any]:
     Intervals of decisions: see `Statistics.analytic`, which is left to the caller with the rest of `Statistics`.
     """
     headline = found.levels[0]
-    readers = {name: of["reference"] for name, of in found.readers.items() if of.get("reference")}
+    independent = headline.num_patients == len(headline.scores)
+    readers = {
+        name: {metric: _interval(figure, independent) for metric, figure in of["reference"].items()}
+        for name, of in found.readers.items()
+        if of.get("reference")
+    }
     return {
         "unit": headline.unit,
         "positive": found.classes[1],
@@ -88,12 +93,15 @@ def _roc(level: Level) -> Curve:
 
 
 def _precision_recall(level: Level) -> Curve:
-    """Precision as the step function whose area is the average precision."""
+    """Precision as the step function whose area is the average precision: of the thresholds with one recall it has the
+    highest, since those below it add no more than false positives."""
     from sklearn.metrics import precision_recall_curve
 
     precision, recall, _ = precision_recall_curve(level.targets, level.scores)
     recall, precision = recall[::-1], precision[::-1]
-    return Curve(np.repeat(recall, 2)[1:-1].tolist(), np.repeat(precision[1:], 2).tolist())
+    gains = np.flatnonzero(np.diff(recall)) + 1
+    recall, precision = np.append(0.0, recall[gains]), precision[gains]
+    return Curve(np.repeat(recall, 2)[1:-1].tolist(), np.repeat(precision, 2).tolist())
 
 
 def _calibration(curve: CalibrationCurve) -> Curve:

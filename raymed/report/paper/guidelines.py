@@ -163,7 +163,7 @@ CLAIM = (
     Item("30", "Evaluation", "Robustness or sensitivity analysis", _SUBGROUPS),
     Item("31", "Evaluation", "Explainability", ("Methods: Heat maps",)),
     Item("32", "Evaluation", "Evaluation on internal data", (_SPLIT, "table_performance")),
-    Item("33", "Evaluation", "Testing on external data", (), "external test set, or that there was none"),
+    Item("33", "Evaluation", "Testing on external data, or that there was none", ("Methods: External test set",)),
     Item("34", "Evaluation", "Clinical trial registration", (_OTHER,), needs=("study.registration",)),
     Item("35", "Results: data", "Numbers included and excluded", ("figure_flow", "table_flow")),
     Item("36", "Results: data", "Characteristics of the cases in each partition", ("table_cohort",)),

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
+from raymed.report.paper.korean import korean, korean_metric, korean_reason
 from raymed.report.paper.record import SPLITS, PaperRecord
 from raymed.report.paper.tables import label, metrics_of
 
@@ -26,7 +27,7 @@ def methods(record: PaperRecord, language: Language) -> str:
         trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, extensions=["jinja2.ext.do"]
     )
     environment.filters |= {"fact": fact, "sentence": sentence, "percent": percent, "listed": _LISTED[language]}
-    environment.filters["settings"] = settings
+    environment.filters |= {"settings": settings, "korean": korean, "korean_reason": korean_reason}
     parts = {name: record.cohort[name] for name in SPLITS if name in record.cohort and name != "all"}
     text = environment.from_string(template.read_text(encoding="utf-8")).render(
         r=record,
@@ -83,7 +84,7 @@ def _measures(record: PaperRecord, language: Language) -> list[str]:
     """What the headline figures are called, in the order of their table."""
     headline = list(record.performance)[:1]
     metrics = metrics_of({name: record.performance[name] for name in headline})
-    return [_korean(metric) if language == "ko" else _lowered(label(metric)) for metric in metrics]
+    return [korean_metric(metric) if language == "ko" else _lowered(label(metric)) for metric in metrics]
 
 
 def _lowered(name: str) -> str:
@@ -92,31 +93,6 @@ def _lowered(name: str) -> str:
     return name if is_name else name[0].lower() + name[1:]
 
 
-def _korean(metric: str) -> str:
-    """`label` in Korean: "민감도(특이도 0.9일 때)"."""
-    name, _, at = metric.partition("_at_")
-    if metric in _KOREAN or not at:
-        return _KOREAN.get(metric) or label(metric)
-    held, _, value = at.rpartition("_")
-    return f"{_korean(name)}({_KOREAN.get(held, '유병률')} {value}일 때)"
-
-
-_KOREAN = {
-    "auroc": "수신자 조작 특성 곡선 아래 면적(AUROC)",
-    "auprc": "정밀도-재현율 곡선 아래 면적(AUPRC, 평균 정밀도)",
-    "sensitivity": "민감도",
-    "specificity": "특이도",
-    "ppv": "양성 예측도",
-    "npv": "음성 예측도",
-    "lr_positive": "양성 우도비",
-    "lr_negative": "음성 우도비",
-    "accuracy": "정확도",
-    "brier": "Brier 점수",
-    "ece": "기대 보정 오차",
-    "calibration_slope": "보정 기울기",
-    "calibration_intercept": "보정 절편",
-    "calibration_in_the_large": "전체 보정(calibration in the large)",
-}
 _LISTED = {"en": _listed_english, "ko": ", ".join}
 
 

@@ -154,7 +154,7 @@ class Model:
     weights: str | None = None
     """Where training started: "none" = at random."""
     aggregate: str | None = None
-    """mean, max, noisy_or, attention: from images to the unit."""
+    """mean, max, noisy_or, attention, mean_of_logits, attention_or_mean (of folds): from images to the unit."""
 
 
 @dataclass(frozen=True)

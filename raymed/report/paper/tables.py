@@ -76,6 +76,12 @@ def intervals(record: PaperRecord) -> str:
     return f"Estimate ({level}confidence interval){how}."
 
 
+def intervals_of_decisions(record: PaperRecord) -> str:
+    """The same below a table with sensitivity and its like."""
+    other = " Of decisions on a test set it is Wilson's (likelihood ratios: log method), or the wider of that and this."
+    return intervals(record) + other * record.statistics.analytic
+
+
 def _cohort(record: PaperRecord) -> PaperTable | None:
     parts = [name for name in SPLITS if name in record.cohort]
     if not parts:
@@ -148,7 +154,7 @@ def _performance(record: PaperRecord) -> PaperTable | None:
     metrics = metrics_of(record.performance)
     rows = [Row(label(m), [_estimate(of, m) for of in record.performance.values()]) for m in metrics]
     title = "Performance on the test set"
-    return PaperTable("table_performance", title, ["", *record.performance], rows, intervals(record))
+    return PaperTable("table_performance", title, ["", *record.performance], rows, intervals_of_decisions(record))
 
 
 def _comparison(record: PaperRecord) -> PaperTable | None:
@@ -185,7 +191,7 @@ def _subgroups(record: PaperRecord) -> PaperTable | None:
         for s in record.subgroups
     ]
     columns = ["Subgroup", f"{record.unit.capitalize()}s", "Positive", *map(label, metrics)]
-    notes = f'{intervals(record)} "{TOO_FEW}": too few positive or negative {record.unit}s for a figure.'
+    notes = f'{intervals_of_decisions(record)} "{TOO_FEW}": too few positive or negative {record.unit}s for a figure.'
     return PaperTable("table_subgroups", "Performance by subgroup of the test set", columns, rows, notes)
 
 
@@ -193,7 +199,8 @@ def _readers(record: PaperRecord) -> PaperTable | None:
     metrics = metrics_of(record.readers)
     rows = [Row(reader, [_estimate(of, m) for m in metrics]) for reader, of in record.readers.items()]
     title = "Readers against the reference standard"
-    return PaperTable("table_readers", title, ["Reader", *map(label, metrics)], rows, intervals(record))
+    header = ["Reader", *map(label, metrics)]
+    return PaperTable("table_readers", title, header, rows, intervals_of_decisions(record))
 
 
 def _agreement(record: PaperRecord) -> PaperTable | None:

@@ -1,12 +1,15 @@
 """Units of a job to where they run: this process, Ray Train workers, or side by side as Ray tasks."""
 
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from raymed.config import UserError, replace
+from raymed.data.folds import RepeatedFold
 from raymed.storage import address
+from raymed.tasks.recipe import Recipe
 from raymed.tasks.task import Phase
 from raymed.train.loop import Interrupted
 from raymed.train.nets import check_network_stages
@@ -239,20 +242,28 @@ def _announce(unit: Unit, result: dict, done: int, total: int, began: float) -> 
     print(f"{unit.name} done{shown}  ({done} of {total}, about {left // 60}:{left % 60:02d} left)", flush=True)
 
 
-def encoder_units(job: Job, seeds: Sequence[int]) -> list[Unit]:
-    """The SupCon encoders of a job, one a seed, for its heads to share."""
-    return [job.unit(f"encoder/seed-{seed}", seed, job.recipe, part="encoder") for seed in seeds]
+def encoder_units(job: Job, seeds: Sequence[int], folds: Sequence[RepeatedFold | None] = (None,)) -> list[Unit]:
+    """The SupCon encoders of a job, one a seed and fold, for its heads to share."""
+    return [unit_of(job, "encoder/", seed, fold, part="encoder") for seed in seeds for fold in folds]
 
 
 def head_unit(job: Job, method: str, encoder: Unit) -> Unit:
-    """A two-stage method on a shared encoder."""
+    """A two-stage method on a shared encoder, of its seed and fold."""
     changes = {"method": method, "supcon.encoder_from": address(encoder.folder / "checkpoints" / "supcon")}
-    return job.unit(f"{method}/seed-{encoder.seed}", encoder.seed, replace(job.recipe, changes))
+    return unit_of(job, f"{method}/", encoder.seed, encoder.fold, replace(job.recipe, changes))
 
 
-def single_unit(job: Job, method: str, seed: int) -> Unit:
+def single_unit(job: Job, method: str, seed: int, fold: RepeatedFold | None = None) -> Unit:
     """A method with one phase."""
-    return job.unit(f"{method}/seed-{seed}", seed, replace(job.recipe, {"method": method}))
+    return unit_of(job, f"{method}/", seed, fold, replace(job.recipe, {"method": method}))
+
+
+def unit_of(
+    job: Job, place: str, seed: int, fold: RepeatedFold | None, recipe: Recipe | None = None, part: Any = "all"
+) -> Unit:
+    """A training of the run, in the folder `place` ("" or ending in /), named by its fold, if it has one, and seed."""
+    name = f"seed-{seed}" if fold is None else f"{fold.name}-seed-{seed}"
+    return dataclasses.replace(job.unit(f"{place}{name}", seed, recipe, part), fold=fold)
 
 
 def flat(methods: Mapping[str, Sequence[Unit]]) -> list[Unit]:

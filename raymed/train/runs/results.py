@@ -7,6 +7,7 @@ from typing import Any, cast
 import numpy as np
 
 from raymed.bundle import Bundle
+from raymed.data.dataset import DataSet
 from raymed.explain.gradcam import grad_cam, laterality_hit_rate
 from raymed.metrics.bootstrap import Prediction, summarise_difference, summarise_seeds
 from raymed.metrics.levels import Level, LevelTable
@@ -25,23 +26,27 @@ METRICS = ("auroc", "auprc", "accuracy", "accuracy_at_0.5", "precision", "recall
 
 def summarise(units: Sequence[Unit], level: Level | None = None) -> dict[str, Any]:
     """One method's units (its seeds) -> {"val": {metric: figure}, "test": ...}, at the level that `prediction` says."""
-    return {split: summarise_seeds([prediction(unit, split, level) for unit in units]) for split in SPLITS}
+    grouped_by = unit_data(units[0]).grouped_by
+    return {split: summarise_seeds([prediction(unit, split, level) for unit in units], grouped_by) for split in SPLITS}
 
 
 def difference(units: Sequence[Unit], baseline: Sequence[Unit]) -> dict[str, Any]:
     """Paired difference of two methods over the same seeds, like `summarise`."""
-    return {
-        split: summarise_difference([prediction(u, split) for u in units], [prediction(u, split) for u in baseline])
-        for split in SPLITS
-    }
+    grouped_by = unit_data(units[0]).grouped_by
+
+    def of(split: str) -> dict[str, Any]:
+        ours, theirs = ([prediction(unit, split) for unit in method] for method in (units, baseline))
+        return summarise_difference(ours, theirs, grouped_by)
+
+    return {split: of(split) for split in SPLITS}
 
 
 def prediction(unit: Unit, split: str, level: Level | None = None) -> Prediction:
-    """A finished unit's scores, targets, patients (None where the data name none) and threshold; level: what a row is,
-    None = what is decided about."""
+    """A finished unit's scores, targets, patients (cases where the data name no patients, None where no cases either)
+    and threshold; level: what a row is, None = what is decided about."""
     table, figures = decided(unit, split, level), (unit.result() or {})[split]
     threshold = figures["image/threshold" if level == "image" and "image/threshold" in figures else "threshold"]
-    patients = table.patients if unit_data(unit).has_patients else None
+    patients = None if unit_data(unit).grouped_by == "image" else table.patients
     return table.scores, table.targets, patients, threshold
 
 
@@ -167,9 +172,7 @@ def report(
         job.outbox.artifact(job.folder / table)
     final = {f"test/{name}": of_test[best][name]["mean"] for name in METRICS}
     job.outbox.metrics(final | ({"laterality_hit_rate": laterality["hit_rate"]} if laterality else {}), 0)
-    paths = {"run": job.folder, "figures": folder, **(pages or {})}
-    if methods[best][0].fold is None:  # those of folds are for figures, not for use
-        paths["model"] = methods[best][0].folder / "bundle"
+    paths = {"run": job.folder, "figures": folder, "model": methods[best][0].folder / "bundle", **(pages or {})}
     extra |= {"time": {unit.name: time_spent(unit.outbox) for units in methods.values() for unit in units}}
     extra |= {"speed": speeds(methods[best][0].outbox, job.costs())}
     extra |= {"differences": {"baseline": baseline, **differences}} if differences else {}
@@ -177,6 +180,11 @@ def report(
     told = "".join(f"{name}: {path}\n" for name, path in paths.items())
     print(f"best on validation: {best}\n{told}MLflow: {job.where()}")
     return summary
+
+
+def over(data: DataSet) -> str:
+    """What intervals are over, in words."""
+    return f"{data.grouped_by}s" + " (no patient column)" * (not data.has_patients)
 
 
 def tell_images(job: Job, figures: Figures) -> None:
@@ -190,7 +198,7 @@ def tell_images(job: Job, figures: Figures) -> None:
 
 def _title(job: Job, units: Sequence[Unit], level: str) -> str:
     data = unit_data(units[0])
-    unit = "patients" if data.has_patients else "images (no patient column)"
+    unit = over(data)
     kind = "seed" if units[0].fold is None else "fold"
     seeds = f"{len(units)} {kind}{'s' * (len(units) > 1)}"
     rows = {"image": "images", "patient": "patients"}.get(level, f"{level}s")

@@ -29,7 +29,7 @@ def write_sheet(job: "Job") -> Path | None:
         return None
     folder = job.storage / "data_sheets" / job.name if job.config.run.preview else job.folder
     path = folder / SHEET
-    if not path.is_file():
+    if job.config.run.preview or not path.is_file():
         from raymed.report.data_sheet import data_sheet
 
         folder.mkdir(parents=True, exist_ok=True)

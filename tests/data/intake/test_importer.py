@@ -1,6 +1,5 @@
-"""The whole import: a phantom hospital with a known truth, and small sets for what must be refused."""
+"""The whole import: a phantom hospital with a known truth."""
 
-import json
 import re
 import runpy
 import shutil
@@ -11,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
 
 from raymed.config import UserError
 from raymed.data import DataConfig, load
@@ -208,106 +206,11 @@ def test_the_jobs(config, monkeypatch, capsys, report):
     assert re.fullmatch(rf"{row['patient']}: \d{{8}}", told[0]) and re.fullmatch(rf"{row['case']}: \d{{8}}", told[1])
 
 
-@pytest.fixture
-def small(tmp_path):
-    """small(sheet, names, **fields) -> config for images with these names (by `stem`) and this sheet."""
-
-    def make(sheet, names, **fields):
-        (tmp_path / "share").mkdir(exist_ok=True)
-        for number, name in enumerate(names):
-            pixels = np.random.default_rng(number).integers(0, 256, (16, 16), np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "share" / name)
-        (tmp_path / "labels.csv").write_text(sheet)
-        plain = {"images": tmp_path / "share", "labels": tmp_path / "labels.csv", "to": tmp_path / "imported"}
-        plain |= {"key": "stem", "columns": SheetColumns(key="key"), "key_file": tmp_path / "secret" / "k.key"}
-        return ImportConfig(**plain | fields)
-
-    return make
-
-
-def test_a_set_that_grows_keeps_its_pseudonyms(small):
-    columns = SheetColumns(key="key", patient="pid")
-    sheet = "key,label,pid\nb,sick,7\nd,well,8\n"
-    before = manifest_of(import_data(small(sheet, ["b.png", "d.png"], columns=columns))).set_index("image")
-    grown = small(sheet + "a,sick,8\n", ["a.png"], columns=columns)
-    after = manifest_of(import_data(grown)).set_index("image")
-    assert len(after) == 3 and after.loc[before.index].equals(before)
-    assert set(after["patient"]) == set(before["patient"])
-
-
-def test_identifiers_in_kept_columns_are_emptied(small):
-    columns = SheetColumns(key="key", patient="pid", keep=("note", "grade"))
-    sheet = "key,label,pid,note,grade\na,sick,00123,see 00123,2\nb,well,00124,fine,1\n"
-    report = import_data(small(sheet, ["a.png", "b.png"], columns=columns))
-    table = manifest_of(report)
-    assert table["note"].tolist() == ["", "fine"] and table["grade"].tolist() == ["2", "1"]
-    assert "column note: 1 cells held an identifier and are empty" in report.notes
-
-
-def test_images_that_cannot_be_read(small):
-    config = small("key,label\na,sick\nb,well\nc,well\n", ["a.png", "b.png", "c.png"])
-    whole = (config.images / "b.png").read_bytes()
-    (config.images / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UserError, match="unreadable image: row 3: an image with its key: truncated or damaged"):
-        import_data(config)
-    report = import_data(replace(config, on_problem="skip"))
-    assert report.classes == {"sick": 1, "well": 1}
-    assert ("unreadable image", 1) in report.flow
-
-
-def test_without_copies_the_manifest_names_the_files(small, tmp_path):
-    config = small("key,label\na,sick\nb,well\n", ["a.png", "b.png"], copy=False)
-    frames = [Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)) for _ in range(3)]
-    frames[0].save(config.images / "a.tif", save_all=True, append_images=frames[1:])
-    (config.images / "a.png").unlink()
-    report = import_data(replace(config, frames="last", blank="1 1 4 4"))
-    table = manifest_of(report)
-    assert table[["image", "frame", "blank_boxes"]].values.tolist() == [
-        ["a.tif", "3", "1 1 4 4"],
-        ["b.png", "", "1 1 4 4"],
-    ]
-    assert f"--data.root={config.images}" in report.command
-    assert sorted(file.name for file in config.to.iterdir()) == [
-        "import.json",
-        "manifest.csv",
-        "pictures.jsonl",
-        "unlabelled.csv",
-    ]
-
-
 def test_paths_that_name_patients_need_copies(config, hospital, tmp_path):
     truth = hospital[1]
     share = tmp_path / truth.loc[0, "patient_id"]
     shutil.copytree(config.images, tmp_path / "share" / share.name)
     named = replace(config, images=tmp_path / "share", to=tmp_path / "imported", copy=False)
-    with pytest.raises(UserError, match="hold a name or number of their patient.* leave out --no-copy"):
+    with pytest.raises(UserError, match="hold a name or number of a patient or case.* leave out --no-copy"):
         import_data(named)
     assert share.name not in import_data(replace(named, copy=True)).manifest.read_text()
-
-
-def test_places_that_are_refused(small, tmp_path):
-    config = small("key,label\na,sick\nb,well\n", ["a.png", "b.png"])
-    for change, told in (
-        ({"to": config.images / "imported"}, "lies in the images' folder"),
-        ({"key_file": config.images / "my.key"}, "must not lie in"),
-        ({"key_file": config.to / "my.key"}, "must not lie in"),
-        ({"images": tmp_path / "none"}, "there is no folder"),
-        ({"labels": tmp_path / "none.csv"}, "there is no file"),
-        ({"positive": "wel"}, "did you mean 'well'"),
-    ):
-        with pytest.raises(UserError, match=told):
-            import_data(replace(config, **change))
-    assert not (config.to / "manifest.csv").exists() and not list(config.images.rglob("*.key"))
-
-
-def test_what_the_user_is_told(small, tmp_path):
-    (tmp_path / "mapping.csv").write_text("id,same\n7,8\n70,71\n")
-    config = small("key,label,pid\na,sick,7\nb,well,8\n", ["a.png", "b.png"], patients=tmp_path / "mapping.csv")
-    report = import_data(replace(config, columns=SheetColumns(key="key", patient="pid")))
-    assert report.counts["patients"] == 1
-    assert "--patients: 2 of its identifiers stand in no image and no row" in report.notes
-    again = import_data(replace(config, patients=None))
-    assert "2 image files without a patient: each case counts as a patient of its own" in again.notes
-    assert again.counts["patients"] == 2
-    record = json.loads((config.to / "import.json").read_text())
-    assert record["flow"] == [["files", 2], ["in the manifest", 2]] and record["classes"] == again.classes

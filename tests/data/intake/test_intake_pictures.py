@@ -1,11 +1,17 @@
 """Copies of the images: pixels only, blanked, made once."""
 
+import errno
+import json
+import os
+from collections import Counter
+
 import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from raymed.config import UserError
+from raymed.data.intake import pictures
 from raymed.data.intake.pictures import make_pictures, remove_others, show_boxes
 from raymed.data.intake.pseudonyms import Pseudonyms
 from raymed.data.readers import read
@@ -92,6 +98,43 @@ def test_what_is_done_is_not_done_again(share, tmp_path):
     assert [path.stem for path in file.parent.iterdir()] == [other[0].name]
 
 
+def test_what_failed_is_tried_again(share, tmp_path):
+    """Its file is the same, but a decoder is there now, or the permission."""
+    file = share / "broken.png"
+    whole = (share / "grey.png").read_bytes()
+    file.write_bytes(bytes(len(whole)))
+    time = file.stat().st_mtime_ns
+    (first,) = make(share, tmp_path / "to", ["broken.png"])
+    file.write_bytes(whole)
+    os.utime(file, ns=(time, time))
+    (second,) = make(share, tmp_path / "to", ["broken.png"])
+    assert first.problem and not second.problem and (tmp_path / "to" / "images" / f"{second.name}.png").is_file()
+
+
+def test_what_an_older_record_knows_of_failures_does_not_count(share, tmp_path):
+    (picture,) = make(share, tmp_path / "to", ["grey.png"])
+    record = tmp_path / "to" / "pictures.jsonl"
+    failed = json.loads(record.read_text()) | {"problem": "cannot be opened"}
+    record.write_text(json.dumps(failed) + "\n")
+    assert make(share, tmp_path / "to", ["grey.png"]) == [picture]
+
+
+def test_reading_is_tried_again_and_one_bad_file_does_not_end_it(share, tmp_path, monkeypatch):
+    tries = Counter()
+
+    def failing(path, frame=None, window=None):
+        tries[path.name] += 1
+        if path.name == "deep.png" or tries[path.name] == 1:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return read(path, frame, window)
+
+    monkeypatch.setattr(pictures, "read", failing)
+    wanted = [(name, None) for name in ("grey.png", "deep.png", "vanished.png", "colour.png")]
+    made = make_pictures(share, wanted, tmp_path / "to", NAMES, patience=(0.01, 0.01))
+    assert [picture.problem for picture in made] == ["", "cannot be opened", "cannot be opened", ""]
+    assert tries == {"grey.png": 2, "deep.png": 3, "colour.png": 2}
+
+
 def test_an_unreadable_image_says_why_in_our_words(share, tmp_path):
     (picture,) = make(share, tmp_path / "to", ["broken.png"])
     assert picture.problem == "truncated or damaged"
@@ -114,11 +157,19 @@ def test_looking_without_copying(share, tmp_path):
 
 def test_what_is_blanked_is_shown_in_red(share, tmp_path):
     wanted = [("grey.png", None), ("named.png", None)]
-    pictures = make_pictures(share, wanted, tmp_path / "to", NAMES)
+    found = make_pictures(share, wanted, tmp_path / "to", NAMES)
     file = tmp_path / "text_regions.png"
-    shown = sum(bool(picture.boxes) for picture in pictures)
-    assert show_boxes(share, wanted, pictures, file) == shown >= 1
+    shown = sum(bool(picture.boxes) for picture in found)
+    assert show_boxes(share, wanted, found, file) == shown >= 1
     assert (np.asarray(Image.open(file)).reshape(-1, 3) == (255, 0, 0)).all(axis=1).any()
     assert file.stat().st_mode & 0o077 == 0
+    (share / "grey.png").unlink()
+    assert show_boxes(share, wanted, found, file, patience=()) == 1  # one that is gone is not shown
+    share.rename(tmp_path / "gone")
+    with pytest.raises(UserError, match="stopped answering while what is blanked was drawn") as info:
+        show_boxes(share, wanted, found, file, patience=())
+    assert "named" not in str(info.value) and "grey" not in str(info.value)
+    (tmp_path / "gone").rename(share)
+    Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).save(share / "grey.png")
     assert show_boxes(share, wanted[:1], make(share, tmp_path / "to", ["grey.png"], blanked="none"), file) == 0
     assert not file.exists()

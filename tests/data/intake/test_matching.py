@@ -69,3 +69,6 @@ def test_mapping_files_that_are_refused(persons):
     for text, told in (("a,b,c\n1,2,3\n", "3 columns where two"), ("a,b\n1,\n", "row 2 has an empty cell")):
         with pytest.raises(UserError, match=told):
             persons(text)
+    with pytest.raises(UserError, match="no column names") as info:
+        persons("00100001,00100002\n00100003,00100004\n")
+    assert "001" not in str(info.value)

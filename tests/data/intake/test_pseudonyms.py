@@ -87,6 +87,16 @@ def test_the_vault_adds_up_and_is_unreadable(tmp_path):
     assert mode(path.with_suffix(".vault")) == 0o600
 
 
+def test_two_patients_with_one_pseudonym_are_noticed(tmp_path):
+    """The shortest two numbers of eight digits for which it happens under this key."""
+    vault, of = vault_of(tmp_path / "my.key", KEY), Pseudonyms(KEY).of
+    assert of("patient", "01122495") == of("patient", "01392810") == "P-SGENVX67"
+    vault.add({"P-SGENVX67": ["01122495", "A77", "00001"]})  # one person, whom others numbered otherwise
+    told = message(vault.add, {"P-SGENVX67": ["01392810"]})
+    assert "two identifiers have the pseudonym P-SGENVX67" in told and "--key-file" in told
+    assert vault.whois("P-SGENVX67") == ["00001", "01122495", "A77"]
+
+
 def test_a_vault_needs_its_own_key(tmp_path):
     path = tmp_path / "my.key"
     vault_of(path, load_key(path)).add({"P-AAAAAAAA": ["1"]})

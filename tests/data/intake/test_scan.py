@@ -5,6 +5,7 @@ import os
 import shutil
 import stat
 import threading
+from pathlib import Path
 
 import nibabel
 import numpy as np
@@ -67,7 +68,7 @@ def test_all_that_is_kept_of_a_header(tmp_path):
     )
     tags = {"modality": "RF", "series": "HSG late", "view": "AP", "side": "right", "right": "left"}
     tags |= {"scanner": "SIEMENS Luminos", "year": "2023", "age": "34", "sex": "F"}
-    assert only(tmp_path) == Found("a/IM1", 3, "00778899", "00012345", tags, "yes")
+    assert only(tmp_path) == Found("a/IM1", 3, "00778899", "00012345", tags, "yes", name="Kim^Minji=金^敏智=김^민지")
     assert only(tmp_path, site="InstitutionName").tags == tags | {"site": "Hanbit Hospital"}
     assert set(tags) | {"site"} == set(scan_module.COLUMNS)
 
@@ -134,6 +135,25 @@ def test_a_description_that_nobody_else_has_may_be_a_name(tmp_path):
     found = scan(tmp_path).found
     assert [image.tags.get("series") for image in found] == ["HSG"] * 4 + [None] * 2
     assert [image.telling for image in found] == [()] * 4 + [("series",)] * 2
+
+
+def test_a_person_with_two_numbers_is_one_of_whom_a_description_may_tell(tmp_path):
+    for patient, text in {"00001": "HSG", "00002": "HSG", "00003": "김영희", "00004": "김영희"}.items():
+        write_dicom(tmp_path / patient, PatientID=patient, PatientName="Kim^Younghee", SeriesDescription=text)
+    assert [image.tags.get("series") for image in scan(tmp_path).found] == ["HSG"] * 2 + ["김영희"] * 2
+    found = scan(tmp_path, persons={"00003": "00004", "00004": "00004"}).found
+    assert [image.tags.get("series") for image in found] == ["HSG"] * 2 + [None] * 2
+
+
+def test_names_in_another_encoding_are_counted_and_do_not_end_it(tmp_path):
+    write_dicom(tmp_path / "share" / "a" / "1.dcm")
+    for name in ("김영희.dcm", "a/김영희", "박지우"):
+        file = write_dicom(tmp_path / "1.dcm")
+        os.rename(file, os.fsencode(tmp_path / "share") + b"/" + name.encode("cp949"))
+    os.mkdir(os.fsencode(tmp_path / "share") + "/폴더".encode("cp949"))
+    result = scan(tmp_path / "share", patience=(), checkpoint=tmp_path / "scan.jsonl")
+    assert [image.path for image in result.found] == ["a/1.dcm"]
+    assert result.others == {"name is not UTF-8: mount the share with iocharset=utf8": 4}
 
 
 def test_pictures_and_volumes_have_their_key_in_the_path(tmp_path):
@@ -266,6 +286,7 @@ def test_what_cannot_be_scanned(share, folder, options, message):
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows opens UNC paths itself")
-def test_a_windows_path_elsewhere():
+@pytest.mark.parametrize("folder", ["\\\\server\\share\\hsg", "smb://server/share/hsg", Path("smb://server/share/hsg")])
+def test_a_windows_path_elsewhere(folder):
     with pytest.raises(UserError, match=r"mount -t cifs //server/share/hsg /mnt"):
-        scan("\\\\server\\share\\hsg")
+        scan(folder)

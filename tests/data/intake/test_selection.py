@@ -119,7 +119,8 @@ def test_the_sheets_patient_is_compared_with_the_images(run):
     assert [(item.image, item.patient) for item in chosen.items] == [(0, "017"), (2, "19")]
     (finding,) = (finding for finding in chosen.findings if finding.stops)
     assert (
-        finding.text == "row 3: 1 images with its key and the sheet name 2 patients, which differ only in leading zeros"
+        finding.text
+        == "row 3: 1 image with its key and the column 'pid' name 2 patients, which differ only in leading zeros"
     )
 
 
@@ -131,11 +132,19 @@ def test_modalities_are_stated_where_there_are_several(run):
     chosen, _ = run(sheet, images, modalities=("RF",))
     assert pairs(chosen) == [(0, None, 2), (1, None, 3)]
     assert chosen.left_out == {2: "modality CT", 3: "no row in the sheet"}
+    assert run(sheet, images, modalities=("RF", "XA"))[0].left_out == chosen.left_out
+    with pytest.raises(UserError, match=r"modality rf or XA \(--modalities\); there are RF \(2\), CT \(1\)"):
+        run(sheet, images, modalities=("rf", "XA"))
 
 
 def test_nothing_matches(run):
     with pytest.raises(UserError, match=r"\(1 images, 2 rows\). 1 pairs differ only in leading zeros"):
         run("key,label\n7,sick\n8,well\n", [image("a", "007")])
+
+
+def test_paths_that_begin_elsewhere(run):
+    with pytest.raises(UserError, match="1 rows end in the name of an image: --images must be where"):
+        run("key,label\ntest/a.png,sick\nb.png,well\n", [image("a.png", "a.png")], key="path")
 
 
 def test_what_rows_state_in_the_manifests_words(run):
@@ -159,8 +168,18 @@ def test_columns_that_are_not_there(run):
     images = [image("a", "A")]
     with pytest.raises(UserError, match=r"which column holds the label .* 'key', 'Befund'"):
         run("key,Befund\nA,x\n", images)
-    with pytest.raises(UserError, match=r"column of labels.csv must be one of 'key', 'label', got 'pid'"):
-        run("key,label\nA,x\n", images, {"patient": "pid"})
+    with pytest.raises(
+        UserError, match=r"no column 'pid' \(--columns.patient\); its columns are 'key', 'label', 'PID'"
+    ):
+        run("key,label,PID\nA,x,1\n", images, {"patient": "pid"})
+    with pytest.raises(UserError, match=r"Did you mean --columns.patient PID\?"):
+        run("key,label,PID\nA,x,1\n", images, {"patient": "pid"})
+    with pytest.raises(UserError, match="no column 'key'.* 'file'.*: --key path --columns.key file$"):
+        run("file,label\na/b.png,x\n", images)
+    for data in ("A1,홍길동,patent\nA2,김영희,patent\n", "홍길동,x,00012345\n"):
+        with pytest.raises(UserError, match="the names of its 3 columns, and looks like data") as info:
+            run(data, images)
+        assert not any(told in str(info.value) for told in ("홍길동", "A1", "12345"))
     with pytest.raises(UserError, match="the manifest has a column of that name"):
         run("key,label,series\nA,x,y\n", images, {"keep": ("series",)})
 

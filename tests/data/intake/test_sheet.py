@@ -149,14 +149,32 @@ def test_the_sheet_must_be_clear(excel, tmp_path):
     assert message(excel, [["1", "a", ""]], second).endswith("Those with content: 'Sheet', 'Labels' (--sheet NAME)")
     assert excel([["1", "a", ""]], second, sheet="Labels").table.empty
     assert "did you mean 'Labels'?" in message(excel, [["1", "a", ""]], second, sheet="labels")
+    korean = excel([["1", "a", ""]], lambda s: setattr(s, "title", "판독"), sheet=unicodedata.normalize("NFD", "판독"))
+    assert len(korean.table) == 1
 
 
 def test_headers_must_be_clear(excel):
     twice = message(excel, [["1", "a", "x"]], lambda s: s.__setitem__("C1", " Result"))
-    assert "B1 and C1 are both called 'Result'" in twice
+    assert "B1 and C1 hold the same text" in twice and "Result" not in twice
     nameless = message(excel, [["1", "a", ""], ["2", "a", "x"]], lambda s: s.__setitem__("C1", None))
     assert "C1 is empty, but C3 is not" in nameless
     assert excel([["1", "a", "x"]], lambda s: s.__setitem__("B1", "Re\n sult")).table.columns[1] == "Re sult"
+
+
+@pytest.mark.parametrize(
+    ("first", "is_data"),
+    [
+        ("ACC0,sick,x", True),  # built as ACC1
+        ("K,well,x", True),  # stands below
+        ("K,Result,00012345", True),
+        ("K,Result,2021-03-04", True),
+        ("AccessionNumber,Result,Reader 1", False),
+        ("Key no. 2,Result 2021,Age", False),
+    ],
+)
+def test_a_first_row_that_is_no_header(text, first, is_data):
+    sheet = text(f"{first}\nACC1,well,2\nACC2,well,3\n".encode())
+    assert sheet.looks_like_data == is_data
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp949"])
@@ -180,6 +198,7 @@ def test_separators_quotes_and_short_numbers(text):
     assert text(b'a,b\n"1,5","x\ny"\n').table["b"].tolist() == ["x\ny"]
     bad = text(b"Key,b\n007,1\n2.02E+13,2.02E+13\n", keys=["Key"]).bad
     assert [(cell.row, cell.column, cell.kind) for cell in bad] == [(3, "Key", "rounded identifier")]
+    assert len(text(b"Key,b\n007,1\n2.02E+13,2.02E+13\n", keys=None).bad) == 2
     assert "C1 is empty, but C2 is not" in message(text, b"a,b\n1,2,3\n")
 
 

@@ -8,7 +8,7 @@ import torch
 from small import make_unit, recipe
 
 from raymed.config import UserError
-from raymed.data.folds import Fold
+from raymed.data.folds import CrossValidation, RepeatedFold
 from raymed.train.heads.features import encoder_features, refuse_seen, trained_on
 from raymed.train.unit import UnitRun, train_unit, unit_data
 
@@ -72,7 +72,7 @@ def test_the_key_tells_encoders_and_training_sets_apart(manifest, encoder, tmp_p
 
 
 def test_a_head_is_refused_on_patients_that_its_encoder_was_trained_on(manifest, encoder, data, tmp_path):
-    unit = head_unit(manifest, encoder, tmp_path, fold=Fold(0, 3, 0, 2))
+    unit = head_unit(manifest, encoder, tmp_path, fold=RepeatedFold(CrossValidation(3), 0, 0))
     with pytest.raises(UserError, match=r"was trained on patients of the val split \(.*scores there would be too good"):
         train_unit(unit)
     assert not (unit.folder / "result.json").exists() and not list(unit.cache.glob("features-*.npy"))

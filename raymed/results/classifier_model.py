@@ -1,6 +1,4 @@
-"""From the classifier that won to the model that leaves: one bundle with calibration, operating point, OOD score and
-card.
-"""
+"""The classifier that leaves a job: one seed's bundle with calibration, operating point, OOD score and card."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,15 +13,32 @@ from raymed.data.dataset import DataSet
 from raymed.data.locations import as_location
 from raymed.data.phantoms import hsg
 from raymed.registry.card import provenance, write_card
+from raymed.registry.config import RegisterConfig, default_name
+from raymed.registry.register import Registered, register
+from raymed.results.model import MODEL
 from raymed.storage import local_folder_copy
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.train.runs.job import Job
 from raymed.train.runs.results import decided, summarise
-from raymed.train.unit import SPLITS, Unit, unit_data
+from raymed.train.unit import SPLITS, Unit, pin_checkpoints, unit_data
 
 _FOREIGN = 200  # images of a foreign set that are looked at
 _PHANTOMS = 50
+
+
+def leave_classifier(
+    job: Job, unit: Unit, figures: dict[str, Any], config: RegisterConfig, foreign: Sequence[str] = ()
+) -> tuple[Path, Registered | None]:
+    """Write the bundle and card of a trained unit into the run's folder, and register it where that is asked for;
+    returns the folder and the version. Arguments as of `write_model`."""
+    folder = write_model(job.folder / MODEL, unit, job, figures, foreign, config.intended_use)
+    name = default_name(job.config.recipe.data.manifest, job.recipe.label)
+    tracking, run_id = job.config.run.tracking, job.tracker.run_id(job.key, timeout=60)
+    registered = register(folder, config, name, tracking=tracking, storage=job.storage, run_id=run_id)
+    if registered:
+        pin_checkpoints(unit, f"registered as {registered.uri}")
+    return folder, registered
 
 
 def write_model(
