@@ -1,26 +1,51 @@
 """Say what a registered model is for and put it into use, or take that back.
 
     python jobs/promote_model.py --model hsg-supcon-asl --intended-use "Triage of HSG for a radiologist who reads all"
+    python jobs/promote_model.py --model hsg-supcon-asl --gate.manifest external.csv     # only if it is no worse
+    python jobs/promote_model.py --model hsg-supcon-asl --to challenger                  # for a share of the patients
     python jobs/promote_model.py --model hsg-supcon-asl --rollback --why "more false alarms since Monday"
     python jobs/promote_model.py --model hsg-supcon-asl --bundle RUN/final/bundle --to candidate   # register it later
+    python jobs/promote_model.py --model hsg-supcon-asl --verify                         # is the record as it was?
 
-The version in use has the alias `champion` (models:/NAME@champion), the one before it `rollback`. Every change is
-recorded: when, from and to which version, with which figures, and by whom and why where that is stated.
+The version in use has the alias `champion` (models:/NAME@champion), the one before it `rollback`. What is to become
+champion must answer its golden inputs and, with --gate.manifest, must on those images not be worse than the champion.
+Every decision, a refusal too, is recorded in STORAGE/registry/audit.jsonl: when, by whom, from and to which version,
+with which figures and why.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from raymed.bundle import NOT_STATED
 from raymed.config import UserError
+from raymed.data.manifest import DataConfig
+from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.command import command
-from raymed.registry.config import check_name
-from raymed.registry.promote import CANDIDATE, promote, roll_back
+from raymed.registry.config import check_name, is_stated
+from raymed.registry.gates import GateConfig
+from raymed.registry.promote import (
+    CANDIDATE,
+    CHALLENGER,
+    CHAMPION,
+    anchors,
+    challenge,
+    promote,
+    refuse,
+    roll_back,
+    stated_use,
+    withdraw,
+)
 from raymed.registry.register import add, bundle_folder
 from raymed.registry.store import alias_of, version_of
+from raymed.results.gates import gates
 from raymed.storage import resolve_storage
 from raymed.tracking import connect
+from raymed.train.runs.job import RunConfig
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 
 @dataclass(frozen=True)
@@ -31,12 +56,22 @@ class PromoteModel:
     """Name of the registered model."""
     version: int | None = None
     """None = the one with the alias candidate."""
-    to: Literal["champion", "candidate"] = "champion"
-    """champion: in use. candidate: only registered."""
+    to: Literal["champion", "challenger", "candidate"] = "champion"
+    """champion: in use. challenger: answers the share of patients that servers were told (follow.canary). candidate:
+    only registered."""
     intended_use: str = NOT_STATED
     """On whom, by whom and for which decision the model is meant to be used; needed unless stated for this version."""
+    gate: GateConfig = GateConfig()
+    data: DataConfig = DataConfig()
+    """How the images of --gate.manifest are read."""
+    force: bool = False
+    """Promote what does not pass; --why is needed."""
     rollback: bool = False
     """Make the champion before this one champion again."""
+    withdraw: bool = False
+    """Take the alias challenger away: the champion answers everybody."""
+    verify: bool = False
+    """Only look whether every recorded decision is as it was written."""
     bundle: str | None = None
     """Register this bundle first (a folder or s3:// location), as one that could not be registered by its job."""
     by: str = NOT_STATED
@@ -50,34 +85,55 @@ class PromoteModel:
 
     def __post_init__(self) -> None:
         check_name(self.model)
-        if self.rollback and (self.version is not None or self.bundle is not None or self.to != "champion"):
-            raise UserError(
-                "--rollback goes back to the version with the alias rollback: leave out version, bundle, to"
-            )
+        alone = [name for name in ("rollback", "withdraw", "verify") if getattr(self, name)]
+        if alone and (self.version is not None or self.bundle is not None or self.to != CHAMPION or len(alone) > 1):
+            about = "goes back to the version with the alias rollback" if self.rollback else "is about no new version"
+            raise UserError(f"--{alone[0]} {about}: leave out version, bundle, to, and others of its kind")
         if self.version is not None and self.bundle is not None:
             raise UserError("give --version or --bundle, not both")
+        if self.force and not is_stated(self.why):
+            raise UserError('--force takes a responsibility: say why, --why "..."')
 
 
 def change(config: PromoteModel) -> str:
     """Move the aliases; returns what has changed."""
-    client = connect(config.tracking, resolve_storage(config.storage))
+    storage = resolve_storage(config.storage)
+    client, audit, name = connect(config.tracking, storage), Audit(storage), config.model
+    told = {"by": config.by, "why": config.why}
+    if config.verify:
+        return f"{audit.verify(anchors(client, name))} recorded decisions, each as it was written: {audit.path}"
+    if config.withdraw:
+        return f"challenger: none (was {name} version {withdraw(client, name, **told, audit=audit)})"
     if config.rollback:
-        record = roll_back(client, config.model, by=config.by, why=config.why)
-        return f"champion: {config.model} version {record['to_version']} (was {record['from_version']})"
+        record = roll_back(client, name, **told, audit=audit)
+        return f"champion: {name} version {record['to_version']} (was {record['from_version']})"
+    version = _version(client, config, audit)
+    if config.to == CANDIDATE:
+        client.set_registered_model_alias(name, CANDIDATE, version.version)
+        return f"candidate: {name} version {version.version}"
+    use = stated_use(version, config.intended_use)
+    run = RunConfig(storage=config.storage, tracking=config.tracking)
+    passed = gates(client, version, config.gate, config.data, run)
+    if not config.force and any(gate.passed is False for gate in passed):
+        refuse(client, version, passed, **told, audit=audit)
+    lines = "".join(f"\n    {gate}" for gate in passed)
+    if config.to == CHALLENGER:
+        challenge(client, version, use, **told, gates=passed, audit=audit)
+        return f"challenger: {name} version {version.version}{lines}"
+    record = promote(client, version, use, **told, gates=passed, audit=audit)
+    return f"champion: {name} version {record['to_version']} (was {record['from_version'] or 'none'}){lines}"
+
+
+def _version(client: "MlflowClient", config: PromoteModel, audit: Audit) -> "ModelVersion":
+    number = config.version
     if config.bundle is not None:
         with bundle_folder(config.bundle) as folder:
             write_card(folder, config.model)
-            number = add(client, folder, config.model).version
-    else:
-        number = config.version
-    version = version_of(client, config.model, number) if number else alias_of(client, config.model, CANDIDATE)
-    if version is None:
+            number = add(client, folder, config.model, audit=audit).version
+    found = version_of(client, config.model, number) if number else alias_of(client, config.model, CANDIDATE)
+    if found is None:
         raise UserError(f"{config.model} has no candidate: name a --version")
-    if config.to == CANDIDATE:
-        client.set_registered_model_alias(config.model, CANDIDATE, version.version)
-        return f"candidate: {config.model} version {version.version}"
-    record = promote(client, version, config.intended_use, by=config.by, why=config.why)
-    return f"champion: {config.model} version {record['to_version']} (was {record['from_version'] or 'none'})"
+    return found
 
 
 if __name__ == "__main__":

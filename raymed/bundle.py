@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from raymed.config import UserError, to_json
 from raymed.storage import is_remote, join, local_folder_copy, write_bytes
 
-FORMAT = 2
-"""1: without contract, calibration, uncertain_band, ood, licences, intended_use and extras. It is still read."""
+FORMAT = 3
+"""1: without contract, calibration, uncertain_band, ood, licences, intended_use and extras. 2: without golden. Both are
+still read."""
 NOT_STATED = "not stated"
 _JSON = "bundle.json"
 L = TypeVar("L", str, Path)
@@ -36,7 +37,8 @@ class Bundle:
     contract: what an input must be: modality, body part, size, channels, photometric interpretation, bits, views, file
     kinds. calibration: from logit to probability. uncertain_band: the scores whose decision is not to be trusted. ood:
     how a foreign input is recognised, with the statistics in extras. licences: {"weights": {"name", "source"}, "data":
-    {"name", "source"}}. intended_use: a text that only people can write; NOT_STATED until they do.
+    {"name", "source"}}. intended_use: a text that only people can write; NOT_STATED until they do. golden: what it
+    answers on drawn patterns (`raymed.tasks.golden`).
     """
 
     kind: str
@@ -54,6 +56,7 @@ class Bundle:
     licences: dict[str, dict[str, str]] = field(default_factory=lambda: {"weights": _unknown(), "data": _unknown()})
     intended_use: str = NOT_STATED
     extras: dict[str, Any] = field(default_factory=dict)
+    golden: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: L) -> L:
         """Write the bundle; an existing one in the folder is replaced file by file, the JSON last."""

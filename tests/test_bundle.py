@@ -97,8 +97,8 @@ def test_a_damaged_description_is_refused(cut, why, bundle, tmp_path):
 
 def test_a_newer_format_is_refused(bundle, tmp_path):
     path = bundle.save(tmp_path) / "bundle.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 3, "new": 1}))
-    with pytest.raises(UserError, match="written by a newer raymed: this one reads bundles up to format 2"):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 4, "new": 1}))
+    with pytest.raises(UserError, match="written by a newer raymed: this one reads bundles up to format 3"):
         Bundle.load(tmp_path)
 
 

@@ -5,26 +5,21 @@ as one `ImageProblem` that says why in plain words.
 """
 
 import hashlib
+import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 
 from raymed.config import UserError
+from raymed.data.formats import ImageProblem, Window, kind_of, open_images
 from raymed.data.locations import Location, near
 from raymed.storage import exists
-
-if TYPE_CHECKING:
-    from pydicom import Dataset
-
-Window = tuple[float, float]
-
-
-class ImageProblem(UserError):
-    """Why one image cannot be used. The text is the reason alone; whoever catches it knows row and path."""
 
 
 class Source(Protocol):
@@ -90,11 +85,12 @@ def blanked(pixels: np.ndarray, boxes: Sequence[tuple[float, float, float, float
     return found
 
 
-def read(path: str | Path, frame: int | None = None, window: Window | None = None) -> np.ndarray:
+def read(source: str | Path | bytes | BinaryIO, frame: int | None = None, window: Window | None = None) -> np.ndarray:
     """Decode one image.
 
     Args:
-        path: a PNG, JPEG, TIFF (or whatever else Pillow knows), DICOM or NIfTI file.
+        source: a PNG, JPEG, TIFF (or whatever else Pillow knows), DICOM or NIfTI file: its path, its content, or the
+            file itself, open for reading.
         frame: number, from 1, of the frame of a multi-frame DICOM object or TIFF, or of the slice of a NIfTI volume
             along its third axis. Needed where the file holds several.
         window: (center, width) for DICOM and NIfTI, in the units of the rescaled values (HU for CT). None: the window
@@ -108,7 +104,7 @@ def read(path: str | Path, frame: int | None = None, window: Window | None = Non
         ImageProblem: missing, empty, truncated, not an image, NaN, one value everywhere, no such frame, no pixels, a
             transfer syntax that cannot be decoded.
     """
-    return check_varies(_decoded(Path(path), frame, window))
+    return check_varies(_decoded(source, frame, window))
 
 
 def read_mask(path: str | Path, frame: int | None = None) -> np.ndarray:
@@ -117,22 +113,49 @@ def read_mask(path: str | Path, frame: int | None = None) -> np.ndarray:
     Formats and `frame` as of `read`; a PNG holds one picture, whatever the frame of its image. Raises ImageProblem as
     `read` does, but one value everywhere is fine; a JPEG is none, since its values are not those that were drawn.
     """
-    path = Path(path)
-    kind = _head(path)[:4]
+    with _opened(path) as file:
+        kind = file.read(4)
     if kind.startswith(b"\xff\xd8"):
         raise ImageProblem("a JPEG blurs the borders of a mask: store it as PNG")
     pixels = _decoded(path, None if kind == b"\x89PNG" else frame, None)
     return pixels.reshape(*pixels.shape[:2], -1).max(axis=2) > 0
 
 
-def _decoded(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
-    decode = _decoder(path)
-    try:
-        return decode(path, frame, window)
-    except ImageProblem:
-        raise
-    except Exception as error:  # decoders raise anything at all on damaged files
-        raise ImageProblem(_reason(error)) from error
+def _decoded(source: str | Path | bytes | BinaryIO, frame: int | None, window: Window | None) -> np.ndarray:
+    with _opened(source) as file:
+        try:
+            images = open_images(file, kind_of(file) or _kind_by_name(source))
+            return images.pixels(_check_frame(frame, images.num_frames, images.part), window)
+        except ImageProblem:
+            raise
+        except Exception as error:  # decoders raise anything at all on damaged files
+            raise ImageProblem(_reason(error)) from error
+
+
+def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[BinaryIO]:
+    """The file, which is closed afterwards if it was opened here. Raises ImageProblem where there is none."""
+    if not isinstance(source, str | Path | bytes):
+        return nullcontext(source)
+    if isinstance(source, bytes):
+        is_empty, file = not source, partial(io.BytesIO, source)
+    else:
+        path = Path(source)
+        if path.is_dir():
+            raise ImageProblem("is a folder")
+        if not path.is_file():
+            raise ImageProblem("there is no such file")
+        is_empty, file = path.stat().st_size == 0, partial(path.open, "rb")
+    if is_empty:
+        raise ImageProblem("the file is empty (0 bytes)")
+    return file()
+
+
+def _kind_by_name(source: object) -> str:
+    """For content that does not say what it is."""
+    name = str(source).lower() if isinstance(source, str | Path) else ""
+    if name.endswith((".dcm", ".dicom", ".ima")):
+        return "DICOM"
+    return "NIfTI" if name.endswith((".nii", ".nii.gz")) else ""
 
 
 def check_varies(pixels: np.ndarray) -> np.ndarray:
@@ -146,25 +169,6 @@ def content_hash(pixels: np.ndarray) -> str:
     """sha256 of shape, dtype and values: equal for exact duplicates, whatever file format they came in."""
     header = f"{pixels.dtype.name} {pixels.shape} ".encode()
     return hashlib.sha256(header + np.ascontiguousarray(pixels).tobytes()).hexdigest()
-
-
-def _head(path: Path) -> bytes:
-    if path.is_dir():
-        raise ImageProblem("is a folder")
-    if not path.is_file():
-        raise ImageProblem("there is no such file")
-    with path.open("rb") as file:
-        head = file.read(132)
-    if not head:
-        raise ImageProblem("the file is empty (0 bytes)")
-    return head
-
-
-def _decoder(path: Path) -> Callable[[Path, int | None, Window | None], np.ndarray]:
-    head = _head(path)
-    if head[128:] == b"DICM" or path.suffix.lower() in (".dcm", ".dicom", ".ima"):
-        return _read_dicom
-    return _read_nifti if path.name.lower().endswith((".nii", ".nii.gz")) else _read_picture
 
 
 def _reason(error: Exception) -> str:
@@ -182,138 +186,3 @@ def _check_frame(frame: int | None, num_frames: int, what: str) -> int:
     if frame is not None and not 1 <= frame <= num_frames:
         raise ImageProblem(f"has no {what} {frame}: it holds {num_frames}")
     return (frame or 1) - 1
-
-
-def _read_picture(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    try:
-        image = Image.open(path)
-    except UnidentifiedImageError as error:
-        raise ImageProblem("not an image of a known format (PNG, JPEG, TIFF, DICOM, NIfTI)") from error
-    with image:
-        # A phone's JPEG may carry a second picture (MPO): the first is the image.
-        num_frames = getattr(image, "n_frames", 1) if image.format in ("TIFF", "GIF") else 1
-        image.seek(_check_frame(frame, num_frames, "frame"))
-        return _picture_pixels(ImageOps.exif_transpose(image))
-
-
-def _picture_pixels(image) -> np.ndarray:
-    """Pillow image -> uint8 or uint16; palettes, alpha, CMYK become RGB or grey."""
-    if image.mode.startswith("I;16"):
-        return np.asarray(image).astype(np.uint16)
-    if image.mode == "I":
-        return _check_depth(np.asarray(image)).astype(np.uint16)
-    if image.mode == "F":
-        return _to_uint(_finite(np.asarray(image)), None, np.uint16)
-    return np.asarray(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
-
-
-def _check_depth(values: np.ndarray) -> np.ndarray:
-    if values.min() < 0 or values.max() > 65535:
-        raise ImageProblem(f"has values from {values.min()} to {values.max()}: 16 bits hold 0 to 65535")
-    return values
-
-
-def _finite(values: np.ndarray) -> np.ndarray:
-    bad = int(values.size - np.isfinite(values).sum())
-    if bad:
-        raise ImageProblem(f"{bad} of its {values.size} values are NaN or infinite")
-    return values
-
-
-def _to_uint(values: np.ndarray, window: Window | None, dtype: type, function: str = "LINEAR") -> np.ndarray:
-    """Window values (None: smallest to largest) to the full range of dtype.
-
-    The functions are those of DICOM PS3.3 C.11.2.1.2: LINEAR, LINEAR_EXACT and SIGMOID.
-    """
-    values = values.astype(np.float64)
-    if window is None:
-        low, high = values.min(), values.max()
-        unit = (values - low) / ((high - low) or 1.0)
-    elif function == "SIGMOID":
-        unit = 1 / (1 + np.exp(-4 * (values - window[0]) / window[1]))
-    elif function == "LINEAR_EXACT" or window[1] <= 1:
-        unit = (values - window[0]) / window[1] + 0.5
-    else:
-        unit = (values - (window[0] - 0.5)) / (window[1] - 1) + 0.5
-    return np.round(unit.clip(0, 1) * np.iinfo(dtype).max).astype(dtype)
-
-
-def _read_dicom(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
-    import pydicom
-    import pydicom.config
-    from pydicom.pixels.processing import apply_color_lut, apply_rescale
-    from pydicom.pixels.utils import pixel_array
-
-    # A warning about an invalid value would print it, and it may name the patient.
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-    ds = pydicom.dcmread(path, force=True)
-    if not any(name in ds for name in ("PixelData", "FloatPixelData", "DoubleFloatPixelData")):
-        raise ImageProblem("DICOM without pixel data" if "SOPClassUID" in ds else "not a DICOM file")
-    _check_transfer_syntax(ds)
-    index = _check_frame(frame, int(ds.get("NumberOfFrames") or 1), "frame")
-    stored = pixel_array(ds, index=index)
-    if ds.PhotometricInterpretation == "PALETTE COLOR":
-        stored = apply_color_lut(stored, ds)
-    dtype = np.uint8 if stored.dtype.itemsize == 1 else np.uint16
-    if stored.ndim == 3:
-        return _check_depth(stored).astype(dtype)
-    values = _finite(apply_rescale(stored, _group(ds, index, "PixelValueTransformationSequence")))
-    voi = _group(ds, index, "FrameVOILUTSequence")
-    pixels = _to_uint(values, window or _stated_window(voi), dtype, voi.get("VOILUTFunction") or "LINEAR")
-    return np.iinfo(dtype).max - pixels if ds.PhotometricInterpretation == "MONOCHROME1" else pixels
-
-
-def _check_transfer_syntax(ds: "Dataset") -> None:
-    from pydicom.pixels.decoders.base import get_decoder
-
-    uid = ds.file_meta.get("TransferSyntaxUID") if hasattr(ds, "file_meta") else None
-    if uid is None:
-        raise ImageProblem("DICOM that does not state its transfer syntax")
-    try:
-        decoder = get_decoder(uid)
-    except NotImplementedError as error:
-        raise ImageProblem(
-            f"transfer syntax {uid.name} ({uid}) cannot be decoded: convert the file to Explicit VR Little Endian, "
-            "for example with `gdcmconv --raw`"
-        ) from error
-    if not decoder.is_available:
-        raise ImageProblem(
-            f"transfer syntax {uid.name} ({uid}) needs one of: {'; '.join(decoder.missing_dependencies)} (pip install)"
-        )
-
-
-def _group(ds: "Dataset", index: int, sequence: str) -> "Dataset":
-    """Where an attribute of one frame stands: its functional group in an enhanced object, else the data set."""
-    groups = [*ds.get("PerFrameFunctionalGroupsSequence", [])[index : index + 1]]
-    groups += ds.get("SharedFunctionalGroupsSequence", [])
-    return next((group[sequence][0] for group in groups if group.get(sequence)), ds)
-
-
-def _stated_window(ds: "Dataset") -> Window | None:
-    """The first window a file states."""
-    if ds.get("WindowCenter") in (None, "") or ds.get("WindowWidth") in (None, ""):
-        return None
-    center, width = (np.atleast_1d(ds[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
-    return (float(center), float(width)) if width > 0 else None
-
-
-def _read_nifti(path: Path, frame: int | None, window: Window | None) -> np.ndarray:
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.loadsave import load
-    from nibabel.spatialimages import SpatialImage
-
-    try:
-        image = load(path)
-    except ImageFileError as error:
-        raise ImageProblem("not a NIfTI file, or a damaged one") from error
-    if not isinstance(image, SpatialImage):
-        raise ImageProblem("a NIfTI file without an image in it")
-    shape = image.shape + (1,) * (3 - len(image.shape))
-    if len(image.shape) < 2 or np.prod(shape[3:]) > 1:
-        raise ImageProblem(f"has the shape {image.shape}: store each volume in a file of its own")
-    index = _check_frame(frame, shape[2], "slice")
-    plane = image.dataobj if len(image.shape) == 2 else image.dataobj[:, :, index]
-    values = np.asarray(plane, dtype=np.float64).reshape(shape[:2]).T
-    return _to_uint(_finite(values), window, np.uint16)

@@ -1,68 +1,140 @@
 """Which version of a registered model is in use, and the record of how that came about.
 
-    candidate   the newest version that a job registered
-    champion    the version in use; only one whose intended use somebody has stated
-    rollback    the champion before this one
+    candidate    the newest version that a job registered
+    champion     the version in use; only one whose intended use somebody has stated
+    challenger   the version that answers a share of the patients, where a server was told so
+    rollback     the champion before this one
 
-Every change is a tag of the version that became champion, `raymed.promotion.N`, which nothing here ever changes or
-removes, and the whole history of the model is written as `promotions.jsonl` among the artifacts of that version's run.
+Every change of the champion is a tag of the version that became it, `raymed.promotion.N`, which nothing here ever
+changes or removes, and the whole history of the model is written as `promotions.jsonl` among the artifacts of that
+version's run. Where a log of decisions is kept (`raymed.registry.audit`), nothing is done before it stands there.
 """
 
 import json
 import re
+import shutil
 import tempfile
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymed.bundle import NOT_STATED, Bundle
-from raymed.config import UserError
+from raymed.bundle import NOT_STATED
+from raymed.config import UserError, to_json
+from raymed.registry.audit import Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
+from raymed.registry.gates import Gate
 from raymed.registry.store import BUNDLE, alias_of, fetch_bundle
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
-CANDIDATE, CHAMPION, ROLLBACK = "candidate", "champion", "rollback"
+CANDIDATE, CHAMPION, CHALLENGER, ROLLBACK = "candidate", "champion", "challenger", "rollback"
 PROMOTION, INTENDED_USE = "raymed.promotion.", "raymed.intended_use"  # tags of a version
 FIGURES, MODEL_ID = "raymed.figures", "raymed.model_id"
 
 
 def promote(
-    client: "MlflowClient", version: "ModelVersion", intended_use: str, *, by: str = NOT_STATED, why: str = NOT_STATED
+    client: "MlflowClient",
+    version: "ModelVersion",
+    intended_use: str,
+    *,
+    by: str = NOT_STATED,
+    why: str = NOT_STATED,
+    gates: Sequence[Gate] = (),
+    audit: Audit | None = None,
 ) -> dict[str, Any]:
-    """Make a version the champion and the champion so far the rollback; the card says what the model is for.
+    """Make a version the champion and the champion so far the rollback; the card says what the model is for. A
+    challenger that wins is no challenger any more.
 
-    Returns the record. Raises UserError when nobody says, and nobody has said, what the model is for.
+    gates: what it was held to, for the record. Returns the record. Raises UserError when nobody says, and nobody has
+    said, what the model is for.
     """
-    intended_use = intended_use if is_stated(intended_use) else version.tags.get(INTENDED_USE, NOT_STATED)
-    if not is_stated(intended_use):
-        raise UserError(
-            "a champion needs an intended use: say on whom, by whom and for which decision the model is meant to be "
-            'used, with --intended-use "..."'
-        )
+    intended_use = stated_use(version, intended_use)
     before = alias_of(client, version.name, CHAMPION)
-    _state_use(client, version, intended_use)
-    if before is not None and int(before.version) != int(version.version):
-        client.set_registered_model_alias(version.name, ROLLBACK, before.version)
-    client.set_registered_model_alias(version.name, CHAMPION, version.version)
-    return _record(client, "promote", before, version, intended_use, by, why)
+    record = _described("promote", version, before, version, by, why, gates) | {"intended_use": intended_use}
+    with _on_record(audit, record) as line:
+        _state_use(client, version, intended_use)
+        if before is not None and int(before.version) != int(version.version):
+            client.set_registered_model_alias(version.name, ROLLBACK, before.version)
+        client.set_registered_model_alias(version.name, CHAMPION, version.version)
+        challenger = alias_of(client, version.name, CHALLENGER)
+        if challenger is not None and int(challenger.version) == int(version.version):
+            client.delete_registered_model_alias(version.name, CHALLENGER)
+        return _record(client, version, record | line)
 
 
-def roll_back(client: "MlflowClient", name: str, *, by: str = NOT_STATED, why: str = NOT_STATED) -> dict[str, Any]:
+def roll_back(
+    client: "MlflowClient", name: str, *, by: str = NOT_STATED, why: str = NOT_STATED, audit: Audit | None = None
+) -> dict[str, Any]:
     """Make the rollback the champion again; the withdrawn version keeps no alias of these two. Returns the record.
 
-    Raises UserError when there is no rollback.
+    It is held to nothing: it was champion. Raises UserError when there is no rollback.
     """
     before, version = alias_of(client, name, CHAMPION), alias_of(client, name, ROLLBACK)
     if version is None:
         raise UserError(f"{name} has no version with the alias {ROLLBACK}: there is nothing to go back to")
-    client.set_registered_model_alias(name, CHAMPION, version.version)
-    client.delete_registered_model_alias(name, ROLLBACK)
-    return _record(client, "roll back", before, version, version.tags.get(INTENDED_USE, NOT_STATED), by, why)
+    use = version.tags.get(INTENDED_USE, NOT_STATED)
+    record = _described("roll back", version, before, version, by, why) | {"intended_use": use}
+    with _on_record(audit, record) as line:
+        client.set_registered_model_alias(name, CHAMPION, version.version)
+        client.delete_registered_model_alias(name, ROLLBACK)
+        return _record(client, version, record | line)
+
+
+def challenge(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    intended_use: str,
+    *,
+    by: str = NOT_STATED,
+    why: str = NOT_STATED,
+    gates: Sequence[Gate] = (),
+    audit: Audit | None = None,
+) -> None:
+    """Let a version answer the share of patients that servers were told. It answers people: raises UserError when
+    nobody says, and nobody has said, what it is for."""
+    intended_use = stated_use(version, intended_use)
+    before = alias_of(client, version.name, CHALLENGER)
+    record = _described("challenge", version, before, version, by, why, gates) | {"intended_use": intended_use}
+    with _on_record(audit, record):
+        _state_use(client, version, intended_use)
+        client.set_registered_model_alias(version.name, CHALLENGER, version.version)
+
+
+def withdraw(
+    client: "MlflowClient", name: str, *, by: str = NOT_STATED, why: str = NOT_STATED, audit: Audit | None = None
+) -> int:
+    """Let the champion answer everybody; returns the version that was challenger. Raises UserError when none is."""
+    before = alias_of(client, name, CHALLENGER)
+    if before is None:
+        raise UserError(f"{name} has no version with the alias {CHALLENGER}: the champion answers everybody")
+    with _on_record(audit, _described("withdraw", before, before, None, by, why)):
+        client.delete_registered_model_alias(name, CHALLENGER)
+    return int(before.version)
+
+
+def refuse(
+    client: "MlflowClient", version: "ModelVersion", gates: Sequence[Gate], *, by: str, why: str, audit: Audit
+) -> None:
+    """Put on record that a version was not promoted, and raise UserError that says why."""
+    before = alias_of(client, version.name, CHAMPION)
+    audit.add(**_described("refuse", version, before, version, by, why, gates))
+    told = "\n".join(f"    {gate}" for gate in gates)
+    raise UserError(
+        f"{version.name} version {version.version} does not become champion:\n{told}\nTake the responsibility with "
+        '--force --why "...", which is recorded'
+    )
+
+
+def anchors(client: "MlflowClient", name: str) -> dict[str, str]:
+    """sha256 of lines of the log -> the records of a model in MLflow that name them."""
+    found = promotions(client, name)
+    return {r["audit"]: f"promotion {r['number']} of {name} in MLflow" for r in found if r.get("audit")}
 
 
 def promotions(client: "MlflowClient", name: str) -> list[dict[str, Any]]:
@@ -72,35 +144,68 @@ def promotions(client: "MlflowClient", name: str) -> list[dict[str, Any]]:
     return [json.loads(value) for _, value in sorted(tags)]
 
 
+def stated_use(version: "ModelVersion", intended_use: str) -> str:
+    """What somebody says, or has said, the version is for. Raises UserError where nobody has."""
+    intended_use = intended_use if is_stated(intended_use) else version.tags.get(INTENDED_USE, NOT_STATED)
+    if not is_stated(intended_use):
+        raise UserError(
+            "a champion needs an intended use: say on whom, by whom and for which decision the model is meant to be "
+            'used, with --intended-use "..."'
+        )
+    return intended_use
+
+
 def description(card: str) -> str:
     """What a version's page shows of the card: the head, since MLflow's databases take 5000 characters."""
     head = re.split(r"\n## (?:Foreign images|Data)\n", card)[0][:4900]
     return f"{head}\n\nThe whole card: {BUNDLE}/{CARD} in the model's artifacts."
 
 
-def _record(
-    client: "MlflowClient",
+def _described(
     action: str,
+    of: "ModelVersion",
     before: "ModelVersion | None",
-    version: "ModelVersion",
-    intended_use: str,
+    after: "ModelVersion | None",
     by: str,
     why: str,
+    gates: Sequence[Gate] = (),
 ) -> dict[str, Any]:
-    """Write the record of a change that is done."""
-    history = promotions(client, version.name)
-    record = {
-        "number": len(history) + 1,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+    """A decision as it is recorded."""
+    described: dict[str, Any] = {
         "action": action,
-        "model": version.name,
+        "model": of.name,
         "from_version": before and int(before.version),
-        "to_version": int(version.version),
+        "to_version": after and int(after.version),
         "by": by,
         "why": why,
-        "intended_use": intended_use,
-        "figures": {"from": before and _figures(before), "to": _figures(version)},
+        "figures": {"from": before and _figures(before), "to": after and _figures(after)},
     }
+    if gates:
+        failed = any(gate.passed is False for gate in gates)
+        described |= {"gates": [asdict(gate) for gate in gates], "forced": failed and action != "refuse"}
+    return described
+
+
+@contextmanager
+def _on_record(audit: Audit | None, record: dict[str, Any]) -> Iterator[dict[str, str]]:
+    """What is done stands in the log before it is done, and what then could not be done stands there too. Gives
+    {"audit": the line's sha256}."""
+    if audit is None:
+        yield {}
+        return
+    line = audit.add(**record)
+    try:
+        yield {"audit": line}
+    except BaseException as error:
+        audit.add(action="not done", model=record["model"], decision=line, why=type(error).__name__)
+        raise
+
+
+def _record(client: "MlflowClient", version: "ModelVersion", record: dict[str, Any]) -> dict[str, Any]:
+    """Write the record of a change that is done."""
+    history = promotions(client, version.name)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    record = {"number": len(history) + 1, "time": now} | json.loads(to_json(record))
     tag = f"{PROMOTION}{record['number']:04d}"
     client.set_model_version_tag(version.name, version.version, tag, json.dumps(record))
     if version.run_id:
@@ -114,12 +219,18 @@ def _figures(version: "ModelVersion") -> dict[str, Any]:
 
 
 def _state_use(client: "MlflowClient", version: "ModelVersion", intended_use: str) -> None:
-    """Write the intended use into the registered bundle, its card and the version."""
+    """Write the intended use into the registered bundle, its card and the version. Its weights are not written again,
+    and its description keeps the form that it was registered in."""
+    if version.tags.get(INTENDED_USE) == intended_use:
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        bundle = Bundle.load(fetch_bundle(client, f"models:/{version.name}/{version.version}", Path(temporary, "old")))
-        folder = replace(bundle, intended_use=intended_use).save(Path(temporary, "new", *BUNDLE.parts))
+        folder = fetch_bundle(client, f"models:/{version.name}/{version.version}", Path(temporary, "old"))
+        described = json.loads((folder / "bundle.json").read_text())
+        (folder / "bundle.json").write_text(to_json(described | {"intended_use": intended_use}))
         write_card(folder, version.name)
-        client.log_model_artifacts(version.tags[MODEL_ID], str(Path(temporary, "new")))
+        new = Path(temporary, "new")
+        shutil.copytree(folder, new / BUNDLE, ignore=shutil.ignore_patterns("*.safetensors"))
+        client.log_model_artifacts(version.tags[MODEL_ID], str(new))
         text = description((folder / CARD).read_text())
         client.update_model_version(version.name, version.version, text)
     client.set_model_version_tag(version.name, version.version, INTENDED_USE, intended_use)

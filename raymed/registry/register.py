@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from raymed.bundle import Bundle
 from raymed.config import to_json
+from raymed.registry.audit import Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import RegisterConfig, check_name, is_stated
 from raymed.registry.promote import CANDIDATE, CHAMPION, FIGURES, MODEL_ID, description, promote
@@ -85,7 +86,7 @@ def register(
     if not config.register:
         return None
     try:
-        return add(connect(tracking, storage), folder, name, run_id)
+        return add(connect(tracking, storage), folder, name, run_id, Audit(storage))
     except Exception as error:  # whatever it is, the training is done and its bundle is on disk
         reason = re.sub(r"//[^/@]*@", "//", str(error))[:200]  # without user and password
         print(
@@ -95,9 +96,11 @@ def register(
         return None
 
 
-def add(client: "MlflowClient", folder: Path, name: str, run_id: str | None = None) -> Registered:
+def add(
+    client: "MlflowClient", folder: Path, name: str, run_id: str | None = None, audit: Audit | None = None
+) -> Registered:
     """Log and register a bundle that has its card. The version becomes `candidate` unless a newer one is, and champion
-    if its intended use is stated and no newer one is champion.
+    if its intended use is stated and nobody is champion yet; a champion is replaced by `jobs/promote_model.py` alone.
 
     Raises UserError for a bundle that is none or damaged, a name that MLflow cannot take, or a run that it does not
     know.
@@ -109,8 +112,8 @@ def add(client: "MlflowClient", folder: Path, name: str, run_id: str | None = No
     version = _version(client, name, digest) or _create_version(client, name, folder, bundle, run, digest)
     if _is_newest(client, version, CANDIDATE):
         client.set_registered_model_alias(name, CANDIDATE, version.version)
-    if is_stated(bundle.intended_use) and _is_newest(client, version, CHAMPION):
-        promote(client, version, bundle.intended_use, why="registered with its intended use stated")
+    if is_stated(bundle.intended_use) and alias_of(client, name, CHAMPION) is None:
+        promote(client, version, bundle.intended_use, why="registered with its intended use stated", audit=audit)
     return Registered(name, int(version.version), run.info.run_id)
 
 

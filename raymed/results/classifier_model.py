@@ -1,4 +1,6 @@
-"""The classifier that leaves a job: one seed's bundle with calibration, operating point, OOD score and card."""
+"""The classifier that leaves a job: one seed's bundle with calibration, operating point, OOD score, golden inputs and
+card, registered.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +20,7 @@ from raymed.registry.register import Registered, register
 from raymed.results.model import MODEL
 from raymed.storage import local_folder_copy
 from raymed.tasks.classifier import ClassifierRecipe
+from raymed.tasks.golden import with_golden
 from raymed.tasks.predictor import Predictor, complete, input_contract, with_separation
 from raymed.train.runs.job import Job
 from raymed.train.runs.results import decided, summarise
@@ -75,7 +78,7 @@ def write_model(
     bundle = with_separation(bundle, features["test"], seen)
     bundle.metrics = summarise([unit]) | {"seeds": {"test": figures["test"]}}
     bundle.provenance |= provenance(data, job.config) | {"run_key": job.key}
-    bundle.save(folder)
+    with_golden(bundle).save(folder)
     write_card(folder)
     return folder
 

@@ -13,6 +13,7 @@ from raymed.registry.card import provenance, write_card
 from raymed.registry.config import RegisterConfig, default_name
 from raymed.registry.register import Registered, register
 from raymed.results.assess import Assessment, figures
+from raymed.tasks.golden import with_golden
 from raymed.tasks.predictor import input_contract
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit, pin_checkpoints, unit_data
@@ -57,6 +58,6 @@ def _write(
     bundle.metrics |= {name: own[kind] for name, kind in _SHOWN.items() if kind in own} | {"seeds": {"test": of_seeds}}
     bundle.calibration = found.pairs.report if found.pairs else {}
     bundle.provenance |= provenance(data, job.config) | {"run_key": job.key}
-    bundle.save(folder)
+    with_golden(bundle).save(folder)
     write_card(folder)
     return folder

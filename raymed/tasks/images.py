@@ -3,7 +3,6 @@
 Whatever is wrong with an image is said with its place in the request, from 0.
 """
 
-import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,13 +19,10 @@ def read_content(content: bytes, place: int, window: tuple[float, float] | None 
 
     Raises UserError that names the place of an image that cannot be used.
     """
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(content)
-        file.flush()
-        try:
-            return read(file.name, window=window)
-        except UserError as error:
-            raise UserError(f"image {place}: {error}") from None
+    try:
+        return read(content, window=window)
+    except UserError as error:
+        raise UserError(f"image {place}: {error}") from None
 
 
 def unit_image(preprocess: Preprocess, images: Sequence[np.ndarray], first: int = 0) -> Tensor:

@@ -142,7 +142,7 @@ class Predictor:
         return [
             prediction
             for start in range(0, len(images), _BATCH)
-            for prediction in self._predict(self.input_image(images[start : start + _BATCH], start))
+            for prediction in self.from_unit(self.input_image(images[start : start + _BATCH], start))
         ]
 
     def case(self, images: Sequence[Prediction]) -> CasePrediction:
@@ -185,7 +185,7 @@ class Predictor:
         if pixels.ndim != 4 or pixels.shape[1:] != wanted or pixels.dtype not in (torch.uint8, torch.uint16):
             shape = ", ".join(map(str, wanted))
             raise UserError(f"pixels must be (B, {shape}) uint8 or uint16, got {tuple(pixels.shape)} {pixels.dtype}")
-        return [p for part in pixels.split(_BATCH) for p in self._predict(to_unit(part))]
+        return [p for part in pixels.split(_BATCH) for p in self.from_unit(to_unit(part))]
 
     def input_image(self, images: Sequence[np.ndarray], first: int = 0) -> Tensor:
         """Decoded images -> (B, C, size, size) float32 in [0, 1], what `network` takes. Errors count from `first`."""
@@ -204,7 +204,8 @@ class Predictor:
         return torch.cat([self.network.features(part.to(self.device)).float().cpu() for part in parts]).numpy()
 
     @torch.inference_mode()
-    def _predict(self, image: Tensor) -> list[Prediction]:
+    def from_unit(self, image: Tensor) -> list[Prediction]:
+        """Predict what `input_image` has made, all at once: (B, C, size, size) float32 in [0, 1]."""
         features = self.network.features(image.to(self.device))
         logit, *distances = (output.double().cpu().numpy() for output in self.network.outputs(features))
         energies = None if self.attention is None else image_energies(self.attention, features.float().cpu().numpy())

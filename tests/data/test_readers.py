@@ -1,6 +1,9 @@
 """Real files of every format, whole and broken."""
 
+import gzip
+import io
 import warnings
+import zlib
 from pathlib import Path
 
 import nibabel
@@ -12,6 +15,7 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
+from raymed.data.formats import Inflated
 from raymed.data.readers import ImageFile, ImageProblem, content_hash, read, read_mask
 
 GREY8 = np.arange(48, dtype=np.uint8).reshape(6, 8)
@@ -277,3 +281,60 @@ def test_masks_that_are_none(tmp_path):
     (tmp_path / "cut.png").write_bytes(b"\x89PNG but no more")
     assert "not an image" in reason("cut.png")
     assert reason("none.png") == "there is no such file" and reason(".") == "is a folder"
+
+
+def test_content_is_read_as_its_file_is(tmp_path):
+    """Bytes and open files of every format, gzipped NIfTI too, whatever they might be called."""
+    volume = np.random.default_rng(0).integers(-500, 500, (8, 6, 1)).astype(np.int16)
+    for name in ("a.png", "a.jpg", "a.tiff", "a.bmp"):
+        Image.fromarray(GREY8).save(tmp_path / name)
+    for name in ("a.nii", "a.nii.gz"):
+        nibabel.save(nibabel.Nifti1Image(volume, np.eye(4)), tmp_path / name)
+    nibabel.save(nibabel.Nifti2Image(volume, np.eye(4)), tmp_path / "second.nii")
+    write_dicom(tmp_path / "a.dcm", GREY16)
+    for path in tmp_path.iterdir():
+        expected, content = read(path), path.read_bytes()
+        np.testing.assert_array_equal(read(content), expected, strict=True)
+        np.testing.assert_array_equal(read(io.BytesIO(content)), expected, strict=True)
+        with path.open("rb") as file:
+            np.testing.assert_array_equal(read(file), expected, strict=True)
+    assert problem(b"patient,label\n").startswith("not an image of a known format")
+    assert problem(b"") == "the file is empty (0 bytes)"
+    assert problem((tmp_path / "a.png").read_bytes()[:48]).startswith("truncated or damaged")
+
+
+def test_values_that_occur_often_are_windowed_as_those_that_do_not(tmp_path):
+    """Few different values go through a table, many through the function itself."""
+    stored = np.random.default_rng(0).integers(-1000, 1000, (90, 80)).astype(np.int16)
+    rescale = {"RescaleSlope": "-1.5", "RescaleIntercept": "3"}
+    many = write_dicom(tmp_path / "many.dcm", stored, **rescale)
+    few = write_dicom(tmp_path / "few.dcm", stored[:20, :20].copy(), **rescale)
+    values = stored * -1.5 + 3
+    np.testing.assert_array_equal(read(many), np.round((values - values.min()) / np.ptp(values) * 65535))
+    unit = ((values - 99.5) / 299 + 0.5).clip(0, 1)
+    np.testing.assert_array_equal(read(many, window=(100, 300)), np.round(unit * 65535))
+    np.testing.assert_array_equal(read(few, window=(100, 300)), np.round(unit[:20, :20] * 65535))
+
+
+def test_nifti_scaling_and_byte_order(tmp_path):
+    values = np.arange(48, dtype=np.int16).reshape(8, 6)
+    for order in "<>":
+        image = nibabel.Nifti1Image(values.astype(f"{order}i2"), np.eye(4), nibabel.Nifti1Header(endianness=order))
+        image.header.set_slope_inter(2, -10)
+        nibabel.save(image, tmp_path / "a.nii")
+        assert read(tmp_path / "a.nii", window=(10.5, 40)).tolist() == [
+            [round(min(max((2 * int(value) - 20) / 39 + 0.5, 0), 1) * 65535) for value in row] for row in values.T
+        ]
+
+
+def test_inflated_gives_what_is_asked_for(tmp_path):
+    content = np.random.default_rng(0).integers(0, 50, 300_000, np.uint8).tobytes()
+    packed = gzip.compress(content[:200_000]) + gzip.compress(content[200_000:]) + b"\0" * 20
+    file = Inflated(io.BytesIO(packed))
+    assert file.read(10) == content[:10]
+    for place in (250_000, 7, 199_990, 299_990):
+        file.seek(place)
+        assert file.read(100) == content[place : place + 100]
+    assert file.read(10) == b""
+    with pytest.raises(zlib.error):
+        Inflated(io.BytesIO(packed[:1000] + b"\xff" * 90_000)).read(300_000)

@@ -1,6 +1,9 @@
 """A small trained-looking bundle with everything a bundle can hold, and an MLflow store of its own."""
 
+import importlib.util
 import shutil
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from raymed.tasks.predictor import Predictor, complete, with_separation
 from raymed.tracking import Outbox, Tracker, connect
 
 SIZE = 16
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
 
 
 @pytest.fixture(scope="session")
@@ -107,3 +111,31 @@ def place(tracked, tmp_path):
 def client(place):
     """Of that store."""
     return connect(place["tracking"], place["storage"])
+
+
+@pytest.fixture
+def command(place, monkeypatch, capsys):
+    """command(flags) -> (exit code, stdout, stderr) of the job in this process."""
+
+    def run(flags: list[str], name: str = "promote_model", config: str = "PromoteModel", work: str = "change"):
+        from raymed.registry.command import command
+
+        module = _job(name)
+        monkeypatch.setattr("sys.argv", [name, *flags, "--storage", str(place["storage"])])
+        code = 0
+        try:
+            command(getattr(module, config), getattr(module, work))
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def _job(name):
+    spec = importlib.util.spec_from_file_location(name, JOBS / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module

@@ -1,6 +1,5 @@
 """Champion, rollback, what is refused, and the record that is left. The job runs as users run it."""
 
-import importlib.util
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,20 +8,11 @@ import pytest
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
+from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.promote import promote, promotions, roll_back
-from raymed.registry.register import add
+from raymed.registry.register import IDENTITY, add, identity
 from raymed.registry.store import fetch_bundle, version_of
-
-JOBS = Path(__file__).resolve().parents[2] / "jobs"
-
-
-def job(name):
-    spec = importlib.util.spec_from_file_location(name, JOBS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture
@@ -35,41 +25,24 @@ def registered(bundle, client, tmp_path):
     return client
 
 
-@pytest.fixture
-def command(place, monkeypatch, capsys):
-    """command(flags) -> (exit code, stdout, stderr) of the job in this process."""
-
-    def run(flags: list[str], name: str = "promote_model", config: str = "PromoteModel", work: str = "change"):
-        from raymed.registry.command import command
-
-        module = job(name)
-        monkeypatch.setattr("sys.argv", [name, *flags, "--storage", str(place["storage"])])
-        code = 0
-        try:
-            command(getattr(module, config), getattr(module, work))
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
-
-    return run
-
-
 def aliases(client):
     return client.get_registered_model("m").aliases
 
 
 def test_champion_and_back(registered, command):
     code, out, _ = command(["--model", "m", "--version", "1", "--intended-use", "triage"])
-    assert (code, out) == (0, "champion: m version 1 (was none)\n")
+    assert code == 0 and out.startswith("champion: m version 1 (was none)\n    golden inputs: passed")
     assert aliases(registered) == {"candidate": 2, "champion": 1}
     code, out, _ = command(["--model", "m", "--intended-use", "triage of HSG", "--by", "the board", "--why", "better"])
-    assert (code, out) == (0, "champion: m version 2 (was 1)\n")
+    assert code == 0 and out.startswith("champion: m version 2 (was 1)\n") and "not compared" in out
     assert aliases(registered) == {"candidate": 2, "champion": 2, "rollback": 1}
     code, out, _ = command(["--model", "m", "--rollback", "--why", "worse"])
     assert (code, out) == (0, "champion: m version 1 (was 2)\n")
     assert aliases(registered) == {"candidate": 2, "champion": 1}
     code, _, error = command(["--model", "m", "--rollback"])
     assert code == 2 and "no version with the alias rollback" in error
+    code, out, _ = command(["--model", "m", "--verify"])
+    assert code == 0 and out.startswith("3 recorded decisions, each as it was written")
 
 
 def test_the_record_is_only_added_to(registered):
@@ -111,6 +84,28 @@ def test_promoting_the_champion_again_keeps_the_rollback(registered):
     assert aliases(registered) == {"candidate": 2, "champion": 2, "rollback": 1}
 
 
+def test_a_challenger_that_wins_is_no_challenger_any_more(registered, command):
+    for flags in (["--version", "1"], ["--to", "challenger", "--version", "2"]):
+        assert command(["--model", "m", "--intended-use", "triage", *flags])[0] == 0
+    assert aliases(registered) == {"candidate": 2, "champion": 1, "challenger": 2}
+    code, out, _ = command(["--model", "m", "--withdraw", "--why", "slow"])
+    assert (code, out) == (0, "challenger: none (was m version 2)\n")
+    command(["--model", "m", "--to", "challenger"])
+    command(["--model", "m"])
+    assert aliases(registered) == {"candidate": 2, "champion": 2, "rollback": 1}
+
+
+def test_stating_a_use_leaves_what_was_registered(registered, tmp_path):
+    before = fetch_bundle(registered, "models:/m/1", tmp_path / "before")
+    weights = (before / "model.safetensors").read_bytes()
+    promote(registered, version_of(registered, "m", 1), "triage of HSG")
+    version = version_of(registered, "m", 1)
+    after = fetch_bundle(registered, "models:/m/1", tmp_path / "after")
+    assert identity(after) == identity(before) == version.tags[IDENTITY]
+    assert (after / "model.safetensors").read_bytes() == weights
+    assert Bundle.load(after).intended_use == "triage of HSG"
+
+
 def test_a_stated_use_need_not_be_said_twice(registered):
     promote(registered, version_of(registered, "m", 1), "triage")
     promote(registered, version_of(registered, "m", 2), "triage")
@@ -126,14 +121,19 @@ def test_a_stated_use_need_not_be_said_twice(registered):
         (["--model", "m", "--version", "7", "--intended-use", "x"], "m has no version 7: it has 1, 2"),
         (["--model", "m", "--rollback"], "no version with the alias rollback"),
         (["--model", "m", "--rollback", "--version", "1"], "leave out version"),
+        (["--model", "m", "--rollback", "--withdraw"], "others of its kind"),
+        (["--model", "m", "--withdraw"], "no version with the alias challenger"),
+        (["--model", "m", "--to", "challenger"], "needs an intended use"),
+        (["--model", "m", "--intended-use", "x", "--force"], "say why"),
         (["--model", "m", "--bundle", "/nowhere"], "there is no /nowhere"),
         (["--model", "a/b", "--bundle", "/nowhere"], "must begin with a letter"),
     ],
 )
-def test_refusals_change_nothing(flags, message, registered, command):
+def test_refusals_change_nothing(flags, message, registered, command, place):
     code, _, error = command(flags)
     assert code == 2 and message in " ".join(error.split())
     assert aliases(registered) == {"candidate": 2} and promotions(registered, "m") == []
+    assert Audit(place["storage"]).entries() == []
 
 
 def test_a_server_that_does_not_answer(command):

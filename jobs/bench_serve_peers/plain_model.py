@@ -1,0 +1,59 @@
+"""The model of the peers without raymed: a classifier of timm, an image by Pillow, and nothing else.
+
+A folder holds config.json, {"backbone", "size", "mean", "std"}, and weights.safetensors with timm's names. Images are
+grey squares.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+class PlainModel:
+    """From the bytes of an image to a probability."""
+
+    def __init__(self, folder: Path):
+        config = json.loads((folder / "config.json").read_text())
+        self.size, self.mean, self.std = config["size"], config["mean"], config["std"]
+        self.network: Any = _timm().create_model(config["backbone"], num_classes=1, in_chans=1)
+        self.network.load_state_dict(load_file(folder / "weights.safetensors"))
+        self.network.eval()
+
+    def read(self, body: bytes) -> Tensor:
+        """(1, size, size), normalised."""
+        image = Image.open(io.BytesIO(body)).convert("F")
+        if image.size != (self.size, self.size):
+            image = image.resize((self.size, self.size), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(image)).round_().div_(255)
+        return pixels.sub_(self.mean).div_(self.std)[None]
+
+    @torch.inference_mode()
+    def probabilities(self, images: Sequence[Tensor]) -> list[float]:
+        """Of each image."""
+        return self.network(torch.stack(list(images))).flatten().sigmoid().tolist()
+
+    def answer(self, body: bytes) -> dict[str, float]:
+        """Of one image, as it leaves the server."""
+        return {"probability": self.probabilities([self.read(body)])[0]}
+
+
+def _timm() -> Any:
+    """timm, which imports torchvision; one whose operators do not load beside a torch without CUDA cannot be imported
+    until they are declared."""
+    try:
+        import timm
+    except RuntimeError:
+        declared = torch.library.Library("torchvision", "FRAGMENT")  # noqa: TOR901
+        declared.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        declared.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        globals()["_declared"] = declared
+        import timm
+    return timm

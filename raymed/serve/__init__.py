@@ -1,0 +1,1 @@
+"""Every trained model behind one HTTP endpoint."""

@@ -1,0 +1,189 @@
+"""What a node has taken on and not yet brought to its end, on disk: whatever happens to the process, nothing is lost.
+
+    FOLDER/queue.sqlite            which images came when, which of them are answered, which answers are sent
+    FOLDER/images/STUDY/IMAGE.dcm  the images
+    FOLDER/results/ANSWER/N.dcm    what is to be sent; N.sent once it is confirmed
+
+Files are written first, whole; what counts is the row, which is committed after them. Studies and images are named by
+hashes of their UIDs. The rows stay when the files are deleted, so that an image which comes again is known.
+"""
+
+import hashlib
+import json
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from raymed.storage import write_atomic
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS studies (study TEXT PRIMARY KEY, receiver TEXT NOT NULL);
+CREATE TABLE IF NOT EXISTS images (
+    study TEXT NOT NULL, image TEXT NOT NULL, since REAL NOT NULL, here INTEGER NOT NULL DEFAULT 1,
+    answered INTEGER NOT NULL DEFAULT 0, PRIMARY KEY (study, image));
+CREATE INDEX IF NOT EXISTS waiting ON images (study) WHERE answered = 0;
+CREATE INDEX IF NOT EXISTS here ON images (study) WHERE here = 1;
+CREATE TABLE IF NOT EXISTS answers (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, study TEXT NOT NULL, images TEXT NOT NULL, report TEXT NOT NULL,
+    since REAL NOT NULL, sent REAL);
+"""
+_HERE = "SELECT study FROM images WHERE here = 1"
+_OVER = """GROUP BY study HAVING MIN(answered) = 1 AND MAX(since) <= :before
+EXCEPT SELECT study FROM answers WHERE sent IS NULL OR sent > :before"""
+_DAY = 86400.0
+_REMEMBERED = 400 * _DAY
+"""How long an image that came again is known."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study that waits for its answer. key: its pseudonym. images: files by the images' hashes.
+    before: "SERIES/INSTANCE" of the report that a new one takes the place of, or ""."""
+
+    key: str
+    images: dict[str, Path]
+    before: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """An answer that waits to be sent. receiver: AE title. files: what is not confirmed yet, in order."""
+
+    id: int
+    study: str
+    receiver: str
+    files: tuple[Path, ...]
+
+
+class Queue:
+    """The queue in a folder, for the threads of one process."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._files = threading.Lock()  # what comes is not cleaned away with what was there
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.chmod(0o700)
+        for name in ("images", "results"):
+            (folder / name).mkdir(parents=True, exist_ok=True)
+        with self._open() as db:
+            db.executescript(_TABLES)
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        db = sqlite3.connect(self.folder / "queue.sqlite", timeout=60)
+        try:
+            db.execute("PRAGMA journal_mode = WAL")
+            db.execute("PRAGMA synchronous = FULL")
+            with db:
+                yield db
+        finally:
+            db.close()
+
+    def add(self, study_uid: str, image_uid: str, receiver: str, content: bytes) -> str:
+        """Take an image on; returns the study's key. One that came before changes nothing but the quiet time.
+
+        Studies are kept apart by who is to receive their results. Raises OSError or sqlite3.Error where the disk does
+        not take it.
+        """
+        study, image = _hash(study_uid, receiver), _hash(image_uid)
+        path = self._image(study, image)
+        with self._files, self._open() as db:
+            path.parent.mkdir(exist_ok=True)
+            write_atomic(path, content)
+            db.execute("INSERT OR IGNORE INTO studies VALUES (?, ?)", (study, receiver))
+            db.execute(
+                "INSERT INTO images (study, image, since) VALUES (?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET since = excluded.since, here = 1",
+                (study, image, time.time()),
+            )
+        return study
+
+    def due(self, quiet: float) -> list[Study]:
+        """Studies with an image that no answer is about yet, to which nothing has come for `quiet` seconds."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT study FROM images WHERE study IN (SELECT study FROM images WHERE answered = 0) "
+                "GROUP BY study HAVING MAX(since) <= ? ORDER BY MAX(since)",
+                (time.time() - quiet,),
+            ).fetchall()
+            return [self._study(db, study) for (study,) in rows]
+
+    def _study(self, db: sqlite3.Connection, study: str) -> Study:
+        images = db.execute("SELECT image FROM images WHERE study = ? AND here = 1 ORDER BY image", (study,)).fetchall()
+        names = {image for (image,) in images}
+        answers = db.execute("SELECT images, report FROM answers WHERE study = ? ORDER BY id DESC", (study,))
+        before = next((report for about, report in answers if set(json.loads(about)) < names), "")
+        return Study(study, {image: self._image(study, image) for (image,) in images}, before)
+
+    def answer(self, study: Study, files: Sequence[bytes], report: str) -> None:
+        """Note an answer to a study as it was when it was asked about. report: "SERIES/INSTANCE"."""
+        with self._open() as db:
+            made = db.execute(
+                "INSERT INTO answers (study, images, report, since) VALUES (?, ?, ?, ?)",
+                (study.key, json.dumps(list(study.images)), report, time.time()),
+            ).lastrowid
+            folder = self.folder / "results" / str(made)
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            for place, content in enumerate(files):
+                write_atomic(folder / f"{place:04d}.dcm", content)
+            db.executemany(
+                "UPDATE images SET answered = 1 WHERE study = ? AND image = ?",
+                [(study.key, image) for image in study.images],
+            )
+
+    def ready(self) -> list[Result]:
+        """Answers that are not sent yet, the oldest first."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT id, study, receiver FROM answers JOIN studies USING (study) WHERE sent IS NULL ORDER BY id"
+            ).fetchall()
+        return [
+            Result(id, study, receiver, tuple(sorted((self.folder / "results" / str(id)).glob("*.dcm"))))
+            for id, study, receiver in rows
+        ]
+
+    def confirm(self, file: Path) -> None:
+        """Note that a file of a result has arrived."""
+        file.rename(file.with_suffix(".sent"))
+
+    def sent(self, result: Result) -> None:
+        """Note that all of a result has arrived."""
+        with self._open() as db:
+            db.execute("UPDATE answers SET sent = ? WHERE id = ?", (time.time(), result.id))
+
+    def clean(self, days: float) -> None:
+        """Delete the files of studies that were brought to their end so many days ago."""
+        over = f"SELECT study FROM images WHERE study IN ({_HERE}) {_OVER}"
+        with self._files, self._open() as db:
+            done = db.execute(over, {"before": time.time() - days * _DAY}).fetchall()
+            for (study,) in done:
+                for (id,) in db.execute("SELECT id FROM answers WHERE study = ?", (study,)):
+                    shutil.rmtree(self.folder / "results" / str(id), ignore_errors=True)
+                shutil.rmtree(self.folder / "images" / study, ignore_errors=True)
+            db.executemany("UPDATE images SET here = 0 WHERE study = ?", done)
+
+    def tidy(self) -> None:
+        """Remove results of a process that was killed before its answer counted, and what nobody will send again. For
+        the start, before anything else is done with the queue."""
+        with self._open() as db:
+            old = {"before": time.time() - _REMEMBERED}
+            done = db.execute(f"SELECT study FROM images WHERE study NOT IN ({_HERE}) {_OVER}", old).fetchall()
+            for table in ("images", "answers", "studies"):
+                db.executemany(f"DELETE FROM {table} WHERE study = ?", done)
+            known = {str(id) for (id,) in db.execute("SELECT id FROM answers")}
+        for place in (self.folder / "results").iterdir():
+            if place.name not in known:
+                shutil.rmtree(place)
+
+    def _image(self, study: str, image: str) -> Path:
+        return self.folder / "images" / study / f"{image}.dcm"
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

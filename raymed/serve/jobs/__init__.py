@@ -1,0 +1,16 @@
+"""Long work: asked for in one request, done beside the others, fetched later.
+
+    POST -> a row of jobs.sqlite -> the thread of jobs, one at a time -> files of the job -> GET .../result
+
+Everything that is known of a job stands in the storage: a server that ends in the middle goes on with it when it starts
+again. Of the servers that share a storage one works jobs off, and all of them tell of them.
+
+    store    the rows
+    runner   the thread that works them off
+    predict  the work of a prediction over a folder or a manifest; another kind of work is another file
+"""
+
+from raymed.serve.jobs.runner import Jobs
+from raymed.serve.jobs.store import Job, State
+
+__all__ = ["Job", "Jobs", "State"]

@@ -1,0 +1,241 @@
+"""The thread that works jobs off, one at a time, with the lowest claim on everything.
+
+A job is gone on with by the version of the model that it began with. Where that is neither loaded nor to be had from
+the registry any more it fails: a table holds the answers of one model.
+"""
+
+import asyncio
+import os
+import shutil
+import sqlite3
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from raymed.config import UserError
+from raymed.serve.access import log
+from raymed.serve.config import ServeConfig
+from raymed.serve.engine import Engine
+from raymed.serve.jobs import predict
+from raymed.serve.jobs.store import Job, Row, State, Store
+from raymed.serve.live import Live, load_live
+from raymed.serve.models import CHAMPION, Models
+from raymed.serve.problems import Problem
+from raymed.storage import lock, storage_folder
+
+KINDS = ("predict",)
+_LOOK_S = 2.0
+"""Between two looks at what other processes have queued, and at whether their thread has ended."""
+_TOLD_S = 0.5
+"""Between two notes of how far a job is, and looks at whether it is still wanted."""
+_TRIES = 3
+"""Of a job at which the server dies before it gets any further."""
+_PATIENCE_S = 1.0
+"""An image of a job waits so long at most while others are asked for."""
+
+
+class _Left(Exception):
+    """The server ends, or nobody wants the job any more."""
+
+
+class Jobs:
+    """All jobs of a server. Raises UserError for a root that is no folder."""
+
+    def __init__(self, config: ServeConfig, models: Models, engine: Engine):
+        self.config, self.models, self.engine = config, models, engine
+        self.folder = storage_folder(config.storage) / "serve" / "jobs"
+        self.store: Store | None = None
+        self._ending = threading.Event()
+        self._wake = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        for root in config.batch_roots:
+            if not Path(root).expanduser().is_dir():
+                raise UserError(f"batch_roots: a folder of this machine is expected, got {root}")
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Begin, or go on with, what there is to do. loop: that of the server. Blocks. Raises UserError."""
+        if not self.config.batch_roots:
+            return
+        try:
+            self.store = Store(self.folder / "jobs.sqlite")
+        except (OSError, sqlite3.Error) as error:
+            raise UserError(f"{self.folder}, where jobs are kept, cannot be written: {error}") from None
+        self._loop = loop
+        self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Leave what is running, to be gone on with. Blocks until the case in hand is done; the event loop must run."""
+        self._ending.set()
+        self._wake.set()
+        if self._thread is not None:
+            self._thread.join()
+
+    @property
+    def rows(self) -> Store:
+        """Raises Problem (403) of a server that takes no jobs."""
+        if self.store is None:
+            raise Problem(403, "this server takes no jobs: it was started without --batch-roots")
+        return self.store
+
+    def add(self, owner: str, kind: str, model: str, source: str) -> Job:
+        """Queue a job. Blocks. Raises Problem: 403, 404, 422, 429, 503."""
+        rows, most = self.rows, self.config.limits.jobs
+        predict.check_predicts(self.models.get(model).handler)
+        path = predict.allowed(source, self.config.batch_roots)
+        job = rows.add(owner, kind, model, str(path), most)
+        if job is None:
+            raise Problem(429, f"{most} jobs wait already", retry_after=60)
+        log.write(event="job", job=job.id, state="queued", model=model)
+        self._wake.set()
+        return job
+
+    def get(self, number: str, owner: str) -> Job:
+        """Blocks. Raises Problem (404)."""
+        job = self.rows.get(number, owner)
+        if job is None:
+            raise Problem(404, "you have no such job; those that ended long ago are forgotten", field="id")
+        return job
+
+    def result(self, job: Job, table: str) -> Path:
+        """The file. Raises Problem (409) for a job that has none."""
+        if job.state != "succeeded":
+            why = f"the job has {job.state}" if job.state in ("failed", "cancelled") else f"the job is {job.state}"
+            raise Problem(409, f"there is no result: {why}", field="id")
+        return self.folder / job.id / predict.TABLES[table]
+
+    def end(self, number: str, owner: str) -> None:
+        """Cancel an unfinished job; forget one that has ended, with its result. Blocks. Raises Problem (404)."""
+        job = self.get(number, owner)
+        if self.rows.finish(job.id, "cancelled"):
+            log.write(event="job", job=job.id, state="cancelled", model=job.model)
+            self._wake.set()
+            return
+        self.rows.forget(job.id)
+        shutil.rmtree(self.folder / job.id, ignore_errors=True)
+
+    def _run(self) -> None:
+        if sys.platform == "linux":  # there it is the thread's own
+            os.setpriority(os.PRIO_PROCESS, 0, 10)
+        while not self._ending.is_set():
+            try:
+                with lock(self.folder / ".working.lock"):
+                    self._work_off()
+            except UserError:  # another process has it
+                self._wait(_LOOK_S)
+            except Exception as error:  # a full disk, a locked file: later perhaps
+                log.failed(error)
+                self._wait(_LOOK_S)
+
+    def _work_off(self) -> None:
+        while not self._ending.is_set():
+            self._sweep()
+            row = self.rows.claim([name for name, state in self.models.state().items() if state["ready"]])
+            if row is None:
+                self._wait(_LOOK_S)
+                continue
+            self._work(row)
+
+    def _wait(self, seconds: float) -> None:
+        self._wake.wait(seconds)
+        if not self._ending.is_set():
+            self._wake.clear()
+
+    def _sweep(self) -> None:
+        """End what nobody can do, forget what is old, and remove files that nobody asks for."""
+        for row in self.rows.without(self.models.names):
+            self._finish(row.job, "failed", f"this server no longer has {row.job.model}")
+        self.rows.forget_older(86400 * self.config.batch_days)
+        kept = self.rows.with_files()
+        for folder in self.folder.iterdir():
+            if folder.is_dir() and folder.name not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _work(self, row: Row) -> None:
+        job = row.job
+        try:
+            if row.starts > _TRIES:
+                raise UserError(f"the server ended {_TRIES} times while it was at this job")
+            self._predict(row)
+        except _Left:
+            self.rows.pause(job.id)
+        except (UserError, Problem) as error:
+            self._finish(job, "failed", error.detail if isinstance(error, Problem) else str(error))
+        except OSError as error:
+            self._finish(job, "failed", f"a file cannot be read or written: {error.strerror or type(error).__name__}")
+        except Exception as error:
+            log.failed(error)
+            self._finish(job, "failed", "the server failed; its log says more")
+        else:
+            self._finish(job, "succeeded")
+
+    def _finish(self, job: Job, state: State, problem: str | None = None) -> None:
+        if self.rows.finish(job.id, state, problem):
+            log.write(event="job", job=job.id, state=state, model=job.model)
+
+    def _predict(self, row: Row) -> None:
+        job, roots = row.job, self.config.batch_roots
+        live = self._live(row)
+        asked = predict.cases_of(live, predict.allowed(job.source, roots), roots)
+        self.rows.begin(job.id, live.origin, len(asked.cases))
+        folder = self.folder / job.id
+        folder.mkdir(exist_ok=True, mode=0o700)
+        told, done = 0.0, 0
+        for done in predict.answers(live, asked, folder, lambda item: self._ask(live, item)):
+            if time.monotonic() >= told + _TOLD_S:
+                told = time.monotonic()
+                self._go_on(job, done)
+        self._go_on(job, done)
+
+    def _go_on(self, job: Job, done: int) -> None:
+        if not self.rows.progress(job.id, done) or self._ending.is_set():
+            raise _Left
+
+    def _live(self, row: Row) -> Live:
+        """The version that the job began with; the one in use for a job that has not begun. Raises UserError."""
+        served = self.models.served[row.job.model]
+        if row.origin is None:
+            return served.versions[CHAMPION]
+        for live in list(served.versions.values()):
+            if live.origin.digest == row.origin.digest:
+                return live
+        gone = f"{row.job.model} has changed, and the version that the job began with is no longer to be had"
+        if not row.origin.version:
+            raise UserError(gone)
+        try:
+            bundle = served.source.fetch(row.origin)
+            return load_live(row.job.model, bundle, row.origin, served.wanted.options, self.engine)
+        except UserError as error:
+            raise UserError(f"{gone}: {error}") from None
+
+    def _ask(self, live: Live, item: Tensor) -> Any:
+        """The network's answer for an image, when nobody else waits, or after a moment."""
+        if _until(lambda: not any(self.engine.waiting.values()), _PATIENCE_S, self._ending):
+            raise _Left
+        while True:
+            try:
+                return self._in_loop(live("image", item))
+            except Problem as problem:
+                if problem.status != 503:
+                    raise
+            if self._ending.wait(_PATIENCE_S):
+                raise _Left
+
+    def _in_loop(self, work: Any) -> Any:
+        assert self._loop is not None
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _until(holds: Callable[[], bool], seconds: float, ending: threading.Event) -> bool:
+    """Wait for something, no longer than so many seconds; whether the server ends."""
+    end = time.monotonic() + seconds
+    while not holds() and time.monotonic() < end:
+        if ending.wait(0.005):
+            return True
+    return ending.is_set()

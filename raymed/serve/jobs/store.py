@@ -1,0 +1,184 @@
+"""Jobs as rows of an sqlite file, which several processes of one machine may share.
+
+queued -> running -> succeeded | failed;  queued, running -> cancelled
+"""
+
+import json
+import secrets
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from raymed.serve.live import Origin
+
+State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
+UNFINISHED: tuple[State, ...] = ("queued", "running")
+_TABLE = """
+CREATE TABLE IF NOT EXISTS jobs (
+    id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
+    state TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, done INTEGER NOT NULL DEFAULT 0,
+    total INTEGER, problem TEXT, origin TEXT, starts INTEGER NOT NULL DEFAULT 0
+)"""
+_WAIT_S = 10.0
+"""For another process that writes."""
+
+
+class Job(BaseModel):
+    """What its owner is told of a job."""
+
+    id: str
+    kind: str
+    model: str
+    version: str | None
+    """Of the registry; null until it has begun."""
+    bundle: str | None
+    """sha256 of what it is done with; null until it has begun."""
+    source: str
+    state: State
+    done: int
+    """Cases that are answered."""
+    total: int | None
+    """Cases; null until they have been counted."""
+    created: datetime
+    started: datetime | None
+    finished: datetime | None
+    problem: str | None
+    """Why it failed."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """A job, and what only the server knows of it. origin: the version of the model that it began with; starts: how
+    often it was begun without getting any further."""
+
+    job: Job
+    owner: str
+    origin: Origin | None
+    starts: int
+
+
+class Store:
+    """The file, made where there is none, for its owner's eyes. Every call is one transaction, and blocks. Raises
+    sqlite3.Error where the disk does not do."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with self._open() as rows:
+            rows.execute("PRAGMA journal_mode=WAL")
+            rows.execute(_TABLE)
+        path.chmod(0o600)
+
+    def add(self, owner: str, kind: str, model: str, source: str, most: int) -> Job | None:
+        """A new job that waits; None where so many wait already."""
+        number = secrets.token_hex(16)
+        added = self._change(
+            "INSERT INTO jobs (id, owner, kind, model, source, state, created) SELECT ?, ?, ?, ?, ?, 'queued', ? "
+            "WHERE (SELECT count(*) FROM jobs WHERE state = 'queued') < ?",
+            (number, owner, kind, model, source, time.time(), most),
+        )
+        return self.get(number, owner) if added else None
+
+    def get(self, number: str, owner: str) -> Job | None:
+        """One of an owner's; None where he has none of that number."""
+        found = self._rows("SELECT * FROM jobs WHERE id = ? AND owner = ?", (number, owner))
+        return found[0].job if found else None
+
+    def all(self, owner: str) -> list[Job]:
+        """Of an owner, the newest first."""
+        rows = self._rows("SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, rowid DESC", (owner,))
+        return [row.job for row in rows]
+
+    def claim(self, models: Sequence[str]) -> Row | None:
+        """The next to be worked on, of those models: what somebody had begun, before what waits longest."""
+        found = self._rows(
+            "UPDATE jobs SET state = 'running', starts = starts + 1, started = coalesce(started, ?) WHERE id = ("
+            f"SELECT id FROM jobs WHERE state IN ('running', 'queued') AND model IN ({_marks(models)}) "
+            "ORDER BY state = 'running' DESC, created, rowid LIMIT 1) RETURNING *",
+            (time.time(), *models),
+        )
+        return found[0] if found else None
+
+    def without(self, models: Sequence[str]) -> list[Row]:
+        """Unfinished ones of other models."""
+        return self._rows(
+            f"SELECT * FROM jobs WHERE state IN ('running', 'queued') AND model NOT IN ({_marks(models)})",
+            tuple(models),
+        )
+
+    def begin(self, number: str, origin: Origin, total: int) -> None:
+        """Note what it is done with, and how much there is to do."""
+        self._change("UPDATE jobs SET origin = ?, total = ? WHERE id = ?", (json.dumps(asdict(origin)), total, number))
+
+    def progress(self, number: str, done: int) -> bool:
+        """Note how far it is; False where it is no longer wanted."""
+        return self._change(
+            "UPDATE jobs SET starts = CASE WHEN done < ? THEN 0 ELSE starts END, done = ? "
+            "WHERE id = ? AND state = 'running'",
+            (done, done, number),
+        )
+
+    def pause(self, number: str) -> None:
+        """It is left, in order, to be gone on with later."""
+        self._change("UPDATE jobs SET starts = 0 WHERE id = ?", (number,))
+
+    def finish(self, number: str, state: State, problem: str | None = None) -> bool:
+        """End an unfinished one; False where it has ended already."""
+        return self._change(
+            f"UPDATE jobs SET state = ?, finished = ?, problem = ? WHERE id = ? AND state IN {UNFINISHED}",
+            (state, time.time(), problem, number),
+        )
+
+    def forget(self, number: str) -> None:
+        """Of one that has ended, leave nothing."""
+        self._change(f"DELETE FROM jobs WHERE id = ? AND state NOT IN {UNFINISHED}", (number,))
+
+    def forget_older(self, seconds: float) -> None:
+        """The same of all that ended so long ago."""
+        self._change("DELETE FROM jobs WHERE finished < ?", (time.time() - seconds,))
+
+    def with_files(self) -> set[str]:
+        """Numbers of those that have files worth keeping."""
+        with self._open() as rows:
+            return {number for (number,) in rows.execute("SELECT id FROM jobs WHERE state IN ('running', 'succeeded')")}
+
+    def _change(self, statement: str, values: Sequence[Any]) -> bool:
+        with self._open() as rows:
+            return rows.execute(statement, values).rowcount > 0
+
+    def _rows(self, statement: str, values: Sequence[Any]) -> list[Row]:
+        with self._open() as rows:
+            return [_row(dict(found)) for found in rows.execute(statement, values).fetchall()]
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        rows = sqlite3.connect(self.path, timeout=_WAIT_S, isolation_level=None)
+        try:
+            rows.row_factory = sqlite3.Row
+            yield rows
+        finally:
+            rows.close()
+
+
+def _row(found: dict[str, Any]) -> Row:
+    owner, origin, starts = found.pop("owner"), found.pop("origin"), found.pop("starts")
+    used = Origin(**json.loads(origin)) if origin else None
+    times = {name: _time(found.pop(name)) for name in ("created", "started", "finished")}
+    identity = {"version": used and used.version, "bundle": used and used.digest}
+    job = Job.model_validate(found | times | identity)
+    return Row(job, owner, used, starts)
+
+
+def _time(seconds: float | None) -> datetime | None:
+    return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _marks(values: Sequence[str]) -> str:
+    return ", ".join("?" * len(values))

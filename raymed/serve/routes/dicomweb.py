@@ -1,0 +1,229 @@
+"""POST /v1/models/NAME/studies: a study as STOW-RS sends it (PS3.18, 10.5), and what the model makes of it as DICOM.
+
+A STOW-RS client stores instances at BASE/studies; BASE is /v1/models/NAME here, since which model is asked belongs to
+the address and not into the standard's query. Nothing is stored: the answer is the response, in the form that `Accept`
+names:
+
+    multipart/related; type="application/dicom"   the results, report first, as WADO-RS would return them (the default)
+    application/dicom+json                        STOW-RS's own response: which instances were accepted, which were not
+                                                  and why, and the answer as JSON in the private element (0099,xx01) of
+                                                  the creator RAYMED; for clients that know no other
+    application/json                              the answer, as :predict gives it
+
+?results=report&results=overlay&results=segmentation chooses objects (report and overlay unless told otherwise),
+?before=SERIES/INSTANCE names an earlier report that the new one takes the place of; what else stands in the query are
+fields of the model. Instances that are no images, that this server made itself, or that the model was not made for,
+where there are others, are left out: a study holds more than a model is asked about.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from fastapi import APIRouter, Request, Response
+
+from raymed.config import UserError, check_choice, from_dict
+from raymed.data.preprocess import Preprocess
+from raymed.serve.contract import check_contract
+from raymed.serve.dicom.classes import image_classes
+from raymed.serve.dicom.multipart import DICOM, read_related, write_related
+from raymed.serve.dicom.objects import KINDS, Kind, objects, predecessor, to_bytes
+from raymed.serve.dicom.provenance import Case, is_own
+from raymed.serve.handlers import Handler, Upload
+from raymed.serve.problems import Problem, documented
+from raymed.serve.routes.predict import plain_fields
+from raymed.serve.service import Answer, Answered, Service
+from raymed.serve.uploads import File
+from raymed.serve.uploads.dicom import Counted, check_transfer_syntax
+
+if TYPE_CHECKING:
+    from pydicom import Dataset
+
+_DICOM_JSON = "application/dicom+json"
+_RELATED = f'multipart/related; type="{DICOM}"'
+_REFUSED, _NOT_UNDERSTOOD = 0x0122, 0xC000
+"""Failure reasons of instances (PS3.18, table I.2-2): no class that is taken here, and cannot be understood."""
+_UIDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
+_TAGS = (
+    "SOPClassUID",
+    *_UIDS,
+    "PatientID",
+    "Modality",
+    "BodyPartExamined",
+    "Manufacturer",
+)
+
+
+def router(service: Service) -> APIRouter:
+    """/v1/models/NAME/studies, and the same with the UID of the study."""
+    routes = APIRouter(prefix="/v1/models", tags=["dicomweb"])
+    refused = documented(404, 409, 413, 415, 422, 429, 503)
+    refused[406] = refused[404] | {"description": "no such form of answer"}
+    answers = {"description": "the results", "content": dict.fromkeys((_RELATED, _DICOM_JSON, "application/json"), {})}
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    taken = {"requestBody": {"required": True, "content": dict.fromkeys((_RELATED, DICOM), binary)}}
+    about: dict[str, Any] = {
+        "response_class": Response,
+        "responses": refused | {200: answers, 202: answers | {"description": "some instances were left out"}},
+        "openapi_extra": taken,
+    }
+
+    @routes.post("/{name}/studies", **about)
+    async def studies(name: str, request: Request) -> Response:
+        """The results for a study."""
+        return await _answer(service, name, request)
+
+    @routes.post("/{name}/studies/{study}", **about)
+    async def one_study(name: str, study: str, request: Request) -> Response:
+        """The same, for instances of that study alone (409 for others)."""
+        return await _answer(service, name, request, study)
+
+    return routes
+
+
+@dataclass(frozen=True)
+class _Instance:
+    """What came. header: empty where it cannot be read. failure: reason why it is left out, or 0."""
+
+    content: bytes
+    header: "Dataset"
+    failure: int
+
+
+async def _answer(service: Service, name: str, request: Request, study: str = "") -> Response:
+    accept = _accepted(request.headers.get("accept", ""))
+    fields = plain_fields(request.query_params.multi_items())
+    kinds = _kinds(fields.pop("results", list(KINDS[:2])))
+    before = str(fields.pop("before", ""))
+    parts = read_related(await request.body(), request.headers.get("content-type", ""))
+    handler = service.models.get(name).handler
+    instances = await asyncio.to_thread(_instances, parts, handler)
+    if study and any(each.header.get("StudyInstanceUID", study) != study for each in instances):
+        raise Problem(409, "the instances are of another study than the address says", field="study")
+    used = [each for each in instances if not each.failure]
+    if not used:
+        raise Problem(422, "DICOM images are expected: no instance is one", field="body")
+    if len({each.header.StudyInstanceUID for each in used}) > 1:
+        raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
+    if accept == DICOM and set(kinds) != {"report"}:
+        answered = await _explained(service, name, used, fields)
+    else:
+        answered = await _asked(service, name, used, fields)
+    if accept == "application/json":
+        return Response(answered.answer.model_dump_json(), media_type=accept)
+    if accept == _DICOM_JSON:
+        status = 202 if len(used) < len(instances) else 200
+        return Response(_store_response(instances, answered.answer), status, media_type=accept)
+    if answered.answer.decision is None:
+        raise Problem(422, f"{name} decides nothing that a report could say: ask for application/json", field="Accept")
+    try:
+        made = await asyncio.to_thread(_results, answered, kinds, before)
+    except UserError:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # whose text may hold what a header says
+        detail = "no DICOM can be written: a header lacks, or damages, what a result takes over"
+        raise Problem(422, detail, field="body") from None
+    body, kind = write_related(made)
+    return Response(body, headers={"Content-Type": kind})
+
+
+async def _asked(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
+    first = used[0].header
+    patient = str(first.get("PatientID") or first.StudyInstanceUID)
+    return await service.answered(name, [File(each.content) for each in used], fields, patient)
+
+
+async def _explained(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
+    """With heat maps by the first method that the model knows, unless the request names one. A case that is too large
+    to be explained is answered without."""
+    methods = service.models.get(name).handler.about().get("explain") or []
+    if "explain" in fields or not methods:
+        return await _asked(service, name, used, fields | ({"explain_as": "array"} if "explain" in fields else {}))
+    try:
+        return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"})
+    except Problem as problem:
+        if problem.field != "explain":
+            raise
+    return await _asked(service, name, used, fields)
+
+
+def _results(answered: Answered, kinds: Sequence[Kind], before: str) -> list[bytes]:
+    handler = answered.handler
+    case = Case(answered.answer, answered.images, handler.about().get("positive"))
+    preprocess = from_dict(Preprocess, handler.bundle.preprocess)
+    return [to_bytes(made) for made in objects(case, kinds, preprocess, predecessor(case.first, before))]
+
+
+def _instances(parts: Sequence[bytes], handler: Handler) -> list[_Instance]:
+    """Each with why it is left out. One that the model was not made for is, where there are others."""
+    found = [_instance(part) for part in parts]
+    fits = [not each.failure and _fits(each.header, handler) for each in found]
+    if not any(fits):
+        return found
+    return [
+        each if fit else replace(each, failure=each.failure or _REFUSED) for each, fit in zip(found, fits, strict=True)
+    ]
+
+
+def _instance(content: bytes) -> _Instance:
+    from pydicom import Dataset, dcmread
+
+    try:
+        check_transfer_syntax(content)
+        header = dcmread(Counted(content), stop_before_pixels=True, specific_tags=list(_TAGS))
+        is_image = header.SOPClassUID in image_classes() and not is_own(header)
+        is_named = all(header.get(name) and isinstance(header.get(name), str) for name in _UIDS)
+    except Exception:  # a parser raises anything at all on damaged data
+        return _Instance(content, Dataset(), _NOT_UNDERSTOOD)
+    return _Instance(content, header, 0 if is_image and is_named else _REFUSED)
+
+
+def _fits(header: "Dataset", handler: Handler) -> bool:
+    try:
+        check_contract(handler.bundle, [Upload(np.empty((0, 0)), kind="DICOM", header=header)])
+    except Problem:
+        return False
+    return True
+
+
+def _store_response(instances: Sequence[_Instance], answer: Answer) -> str:
+    """Store Instances Response Module (PS3.18, table I.1-1), with the answer in a private element."""
+    from pydicom import Dataset
+
+    def item(instance: _Instance) -> Dataset:
+        told = Dataset()
+        told.ReferencedSOPClassUID = instance.header.get("SOPClassUID", "")
+        told.ReferencedSOPInstanceUID = instance.header.get("SOPInstanceUID", "")
+        if instance.failure:
+            told.FailureReason = instance.failure
+        else:
+            told.RetrieveURL = ""
+        return told
+
+    response = Dataset()
+    response.RetrieveURL = ""  # nothing is stored, so nothing can be retrieved
+    response.ReferencedSOPSequence = [item(each) for each in instances if not each.failure]
+    if failed := [item(each) for each in instances if each.failure]:
+        response.FailedSOPSequence = failed
+    response.private_block(0x0099, "RAYMED", create=True).add_new(0x01, "UT", answer.model_dump_json())
+    return response.to_json()
+
+
+def _accepted(accept: str) -> str:
+    """Which of the three forms is asked for. Raises Problem (406)."""
+    kinds = [part.partition(";")[0].strip().lower() for part in accept.split(",")]
+    for kind in kinds:
+        if kind in (_DICOM_JSON, "application/json"):
+            return kind
+        if kind in ("", "*/*", "multipart/*", "multipart/related", DICOM):
+            return DICOM
+    raise Problem(406, f"{_RELATED}, {_DICOM_JSON} or application/json is answered", field="Accept")
+
+
+def _kinds(told: Any) -> list[Kind]:
+    kinds = told if isinstance(told, list) else [told]
+    for kind in kinds:
+        check_choice("results", kind, KINDS)
+    return kinds

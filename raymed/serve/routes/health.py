@@ -1,0 +1,34 @@
+"""Whether the server lives, which of its models are ready, and what it measures of itself."""
+
+from typing import Any
+
+from fastapi import APIRouter, Response
+
+from raymed.serve.service import Service
+
+OPEN = ("/healthz", "/readyz")
+
+
+def router(service: Service) -> APIRouter:
+    """GET /healthz, /readyz, /metrics."""
+    routes = APIRouter(tags=["health"])
+
+    @routes.get("/healthz")
+    async def alive() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "alive"}
+
+    @routes.get("/readyz", responses={503: {"description": "a model is not loaded, or the server is ending"}})
+    async def ready(response: Response) -> dict[str, Any]:
+        """Every model is loaded; which versions, and which were refused and why."""
+        state = service.models.state()
+        are_ready = all(model["ready"] for model in state.values()) and not service.draining
+        response.status_code = 200 if are_ready else 503
+        return state
+
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Response:
+        """For Prometheus."""
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    return routes

@@ -1,0 +1,133 @@
+"""Where the versions of a model come from: a bundle's folder (on disk or in a bucket), or MLflow's registry."""
+
+import json
+import os
+import re
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+from raymed.bundle import Bundle
+from raymed.config import UserError
+from raymed.registry.promote import CANDIDATE, INTENDED_USE
+from raymed.registry.register import IDENTITY, identity
+from raymed.registry.store import alias_of, fetch_bundle, version_of
+from raymed.serve.config import ServeConfig, Wanted
+from raymed.serve.kept import kept_models
+from raymed.serve.live import Origin
+from raymed.serve.models import CHAMPION, Source
+from raymed.storage import local_folder_copy, storage_folder
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))?")
+_PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+"""Of MLflow's client, unless the environment says otherwise. Whoever asks again soon need not wait long."""
+
+
+class Folder:
+    """A bundle that lies somewhere; a new one in its place is seen by the hashes in its bundle.json."""
+
+    name = ""
+
+    def __init__(self, where: str):
+        self.where = where
+
+    def newest(self, alias: str) -> Origin | None:
+        """The bundle that is there."""
+        if alias != CHAMPION:
+            return None
+        folder = local_folder_copy(self.where)
+        try:
+            stated = json.loads((folder / "bundle.json").read_text()).get("intended_use", "")
+            return Origin(self.where, "", identity(folder), stated)
+        except (OSError, ValueError, KeyError, AttributeError):
+            raise UserError(f"{self.where} is no bundle: bundle.json is missing or damaged") from None
+
+    def fetch(self, origin: Origin) -> Bundle:
+        """Read it, every hash checked."""
+        return Bundle.load(self.where)
+
+
+class Registry:
+    """A model of MLflow's registry: the version with an alias, or one by number; of neither, the champion and, until
+    somebody makes one, the candidate."""
+
+    def __init__(self, where: str, tracking: str | None, storage: Path):
+        parts = _REGISTERED.fullmatch(where)
+        if parts is None:
+            names = "models:/NAME, models:/NAME@ALIAS or models:/NAME/VERSION"
+            raise UserError(f"a registered model is named {names}, got {where}")
+        self.where, self.name, self.tracking, self.storage = where, parts["name"], tracking, storage
+        self.alias, self.number = parts["alias"], parts["number"]
+
+    def newest(self, alias: str) -> Origin | None:
+        """What bears the alias. The champion of the server is the alias (or the version) that it was told to serve."""
+        client = _connect(self.tracking, self.storage)
+        if self.number:
+            version = version_of(client, self.name, int(self.number)) if alias == CHAMPION else None
+        elif alias == CHAMPION and not self.alias:
+            version = alias_of(client, self.name, CHAMPION) or alias_of(client, self.name, CANDIDATE)
+        else:
+            version = alias_of(client, self.name, self.alias if alias == CHAMPION else alias)
+        if version is None:
+            return None
+        number, tags = str(version.version), version.tags
+        return Origin(f"models:/{self.name}/{number}", number, tags.get(IDENTITY, ""), tags.get(INTENDED_USE, ""))
+
+    def fetch(self, origin: Origin) -> Bundle:
+        """Copy it from MLflow's artifacts and read it, every hash checked, and that it is what was registered."""
+        with TemporaryDirectory(prefix="raymed-bundle-") as temporary:
+            try:
+                folder = fetch_bundle(_connect(self.tracking, self.storage), origin.where, Path(temporary))
+                bundle = Bundle.load(folder)
+            except UserError as error:  # named by what people know, and alike at every try
+                raise UserError(str(error).replace(temporary, origin.where)) from None
+            if origin.digest and identity(folder) != origin.digest:
+                raise UserError(f"{origin.where} is not the bundle that was registered: its content has been changed")
+        return bundle
+
+
+def _connect(tracking: str | None, storage: Path) -> "MlflowClient":
+    """A client that gives up soon. Raises UserError when the server does not answer."""
+    from raymed.tracking import connect
+
+    for name, value in _PATIENCE.items():
+        os.environ.setdefault(name, value)
+    return connect(tracking, storage)
+
+
+def registered(config: ServeConfig) -> ServeConfig:
+    """The config, with every model of the registry where it names none: the champion or, until somebody makes one, the
+    candidate. Where the registry cannot be asked, those that were served before. Raises UserError where there is
+    nothing."""
+    if config.models:
+        return config
+    try:
+        found = _in_use(_connect(config.tracking, storage_folder(config.storage)))
+    except Exception:  # whatever is wrong with the registry
+        found = kept_models(config.storage)
+        if not found:
+            raise
+    if not found:
+        raise UserError("nothing is registered yet: train a model first (make demo), or name one, --models NAME=FOLDER")
+    print("\n".join(f"serving {text}" for text in found), flush=True)
+    return replace(config, models=found)
+
+
+def _in_use(client: "MlflowClient") -> tuple[str, ...]:
+    """NAME=WHERE of every registered model that has a champion or a candidate."""
+    found = []
+    for model in client.search_registered_models():
+        name = "-".join(re.findall(r"[A-Za-z0-9_.]+", model.name))
+        found += [f"{name}=models:/{model.name}"] if {CHAMPION, CANDIDATE} & set(model.aliases) else []
+    return tuple(found)
+
+
+def source_of(wanted: Wanted, config: ServeConfig) -> Source:
+    """By the form of where it lies. Raises UserError."""
+    if wanted.where.startswith("models:/"):
+        return Registry(wanted.where, config.tracking, storage_folder(config.storage))
+    return Folder(wanted.where)

@@ -1,0 +1,178 @@
+"""The log of decisions: what stands in it, and that nobody changes a line unseen."""
+
+import hashlib
+import json
+import os
+import threading
+from dataclasses import replace
+
+import pytest
+
+from raymed.config import UserError
+from raymed.registry.audit import Audit
+from raymed.registry.card import write_card
+from raymed.registry.gates import Gate
+from raymed.registry.promote import anchors, challenge, promote, promotions, refuse, roll_back, withdraw
+from raymed.registry.register import add
+from raymed.registry.store import version_of
+
+
+@pytest.fixture
+def audit(tmp_path):
+    return Audit(tmp_path / "storage")
+
+
+@pytest.fixture
+def three(audit):
+    for number in range(3):
+        audit.add(action="promote", model="m", to_version=number, why="좋다\u2028\n\x85 'so'")
+    return audit
+
+
+def test_a_decision_says_who_and_when_and_holds_the_one_before(three):
+    entries = three.entries()
+    assert [e["number"] for e in entries] == [1, 2, 3] and three.verify() == 3
+    raw = [line.rstrip(b"\n") for line in three.path.read_bytes().split(b"\n")[:-1]]
+    assert [json.loads(line)["before"] for line in raw[1:]] == [hashlib.sha256(line).hexdigest() for line in raw[:-1]]
+    assert entries[0]["before"] == "0" * 64 and entries[2]["why"] == "좋다\u2028\n\x85 'so'"
+    assert all(e["time"].endswith("+00:00") and "@" in e["account"] for e in entries)
+    assert three.entries("another") == [] and len(three.entries("m")) == 3
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        (lambda old: [old[0].replace(b'"to_version": 0', b'"to_version": 7'), *old[1:]], 2),
+        (lambda old: [old[0], old[1].replace(b"so", b"no"), old[2]], 3),
+        (lambda old: [old[0], old[2]], 2),
+        (lambda old: old[1:], 1),
+        (lambda old: [old[0], old[2], old[1]], 2),
+        (lambda old: [old[0], old[0], *old[1:]], 2),
+        (lambda old: [*old[:2], old[2][:-20]], 3),
+        (lambda old: [*old, b"\n"], 4),
+        (lambda old: [*old, b"\xff{}\n"], 4),
+    ],
+)
+def test_a_line_that_was_changed_or_taken_out_is_found(three, change, line):
+    raw = three.path.read_bytes().split(b"\n")[:-1]
+    three.path.write_bytes(b"".join(change([each + b"\n" for each in raw])))
+    with pytest.raises(UserError, match=f"line {line}: it, or a line before it, is not what was written"):
+        three.verify()
+
+
+def test_the_last_line_is_held_by_what_names_it(three):
+    last = three.entries()[-1]["sha256"]
+    assert three.verify({last: "promotion 3"}) == 3
+    raw = three.path.read_bytes()
+    for changed in (raw.replace(b'"to_version": 2', b'"to_version": 5'), b"\n".join(raw.split(b"\n")[:2]) + b"\n"):
+        three.path.write_bytes(changed)
+        three.verify()  # the chain alone cannot know
+        with pytest.raises(UserError, match="the line of promotion 3 is missing"):
+            three.verify({last: "promotion 3"})
+
+
+def test_a_line_that_a_crash_has_cut_stays_and_the_next_one_is_whole(three):
+    three.path.write_bytes(three.path.read_bytes()[:-30])
+    three.add(action="promote", model="m", to_version=9)
+    assert json.loads(three.path.read_bytes().split(b"\n")[3])["to_version"] == 9
+    with pytest.raises(UserError, match="line 3"):
+        three.verify()
+
+
+def test_a_line_that_the_disk_does_not_take_leaves_nothing(three, monkeypatch):
+    before = three.path.read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="full"):
+        three._append(b"{}")
+    assert three.path.read_bytes() == before
+
+
+def test_decisions_at_the_same_time_all_stand_there(audit):
+    def decide(number):
+        Audit(audit.storage).add(action="promote", model="m", to_version=number)
+
+    threads = [threading.Thread(target=decide, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert audit.verify() == 8 and {e["to_version"] for e in audit.entries()} == set(range(8))
+
+
+@pytest.fixture
+def versions(bundle, client, tmp_path):
+    """Versions 1 and 2 of m."""
+    for number in (1, 2):
+        write_card(replace(bundle, operating_point={"threshold": number / 4}).save(tmp_path / f"b{number}"), "m")
+        add(client, tmp_path / f"b{number}", "m")
+    return [version_of(client, "m", number) for number in (1, 2)]
+
+
+def test_every_decision_about_a_model_stands_there_and_in_mlflow(client, versions, audit):
+    passed = [
+        Gate("golden inputs", True, "fine"),
+        Gate("AUROC", False, "worse", {"mean": -0.1, "ci_low": float("nan")}),
+    ]
+    promote(client, versions[0], "triage", by="the board", audit=audit)
+    challenge(client, versions[1], "triage", audit=audit)
+    withdraw(client, "m", why="slow", audit=audit)
+    with pytest.raises(UserError, match="does not become champion:\n.*\n.*AUROC: not passed .worse.\nTake the"):
+        refuse(client, versions[1], passed, by="the board", why="not stated", audit=audit)
+    promote(client, versions[1], "triage", why="we know better", gates=passed, audit=audit)
+    roll_back(client, "m", why="worse indeed", audit=audit)
+    entries = audit.entries("m")
+    moves = [(e["action"], e["from_version"], e["to_version"], e["by"], e["why"]) for e in entries]
+    assert moves == [
+        ("promote", None, 1, "the board", "not stated"),
+        ("challenge", None, 2, "not stated", "not stated"),
+        ("withdraw", 2, None, "not stated", "slow"),
+        ("refuse", 1, 2, "the board", "not stated"),
+        ("promote", 1, 2, "not stated", "we know better"),
+        ("roll back", 2, 1, "not stated", "worse indeed"),
+    ]
+    assert (entries[3]["forced"], entries[4]["forced"]) == (False, True)
+    assert entries[4]["gates"][1]["figures"] == {"mean": -0.1, "ci_low": None}
+    assert entries[4]["figures"]["to"]["test"]["auroc"] > 0.5
+    records = promotions(client, "m")
+    assert [r["audit"] for r in records] == [entries[i]["sha256"] for i in (0, 4, 5)]
+    assert records[1]["forced"] and audit.verify(anchors(client, "m")) == 6
+    raw = audit.path.read_bytes()
+    audit.path.write_bytes(raw.replace(b"worse indeed", b"better, indeed"))
+    with pytest.raises(UserError, match="the line of promotion 3 of m in MLflow"):
+        audit.verify(anchors(client, "m"))
+
+
+def test_what_could_not_be_done_stands_there_too(client, versions, audit, monkeypatch):
+    def gone(*_):
+        raise ConnectionError("https://user:password@host")
+
+    monkeypatch.setattr(client, "set_registered_model_alias", gone)
+    with pytest.raises(ConnectionError):
+        promote(client, versions[0], "triage", audit=audit)
+    decided, failed = audit.entries()
+    assert (decided["action"], failed["action"], failed["why"]) == ("promote", "not done", "ConnectionError")
+    assert failed["decision"] == decided["sha256"] and audit.verify() == 2
+
+
+def test_nothing_is_done_that_cannot_be_put_on_record(client, versions, audit, monkeypatch):
+    audit.path.mkdir(parents=True)
+    with pytest.raises(UserError):
+        promote(client, versions[0], "triage", audit=audit)
+    assert set(client.get_registered_model("m").aliases) == {"candidate"} and promotions(client, "m") == []
+
+
+def test_a_log_in_a_bucket_goes_on_from_another_machine(s3, monkeypatch, tmp_path):
+    from raymed.storage import resolve_storage
+
+    first = Audit(resolve_storage(f"{s3.url}/storage"))
+    first.add(action="promote", model="m")
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "elsewhere"))
+    second = Audit(resolve_storage(f"{s3.url}/storage"))
+    assert second.path != first.path
+    second.add(action="roll back", model="m")
+    assert [e["action"] for e in second.entries()] == ["promote", "roll back"]
+    assert s3.get("storage/registry/audit.jsonl") == second.path.read_bytes()

@@ -1,0 +1,65 @@
+"""The challenger answers its share of the patients, whichever way a request names them."""
+
+import pytest
+from fastapi.testclient import TestClient
+from hostile import NAME, deflated, dicom
+
+from raymed.serve.app import create_app
+from raymed.serve.canary import is_in_share, patient_of
+from raymed.serve.uploads import File
+from raymed.tracking import connect
+
+PREDICT = "/v1/models/hsg:predict"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "patient"),
+    [
+        ({"PatientID": "P1", "StudyInstanceUID": "1.2.9"}, "P1"),
+        ({"StudyInstanceUID": "1.2.9"}, "1.2.9"),
+        ({"PatientID": "", "StudyInstanceUID": "1.2.9"}, "1.2.9"),
+        ({}, ""),
+    ],
+)
+def test_a_patient_is_named_by_his_number_or_his_study(attributes, patient, png):
+    assert patient_of([File(png), File(dicom(**attributes)), File(dicom(PatientID="another"))]) == (
+        patient or "another"
+    )
+    assert patient_of([File(dicom(**attributes))]) == patient
+
+
+def test_what_cannot_be_read_names_nobody(png):
+    sound = dicom(PatientID="P1")
+    damaged = [b"", png, deflated(), sound[:140], bytes(128) + b"DICM" + bytes(500), b"DICM" * 50]
+    assert patient_of([File(content) for content in damaged]) == ""
+
+
+@pytest.fixture
+def client(registry_home, app_config):
+    """Of a server whose challenger answers half of the patients."""
+    connect(None, registry_home).set_registered_model_alias("hsg", "challenger", "2")
+    changes = {"models": ("hsg=models:/hsg@champion",), "storage": str(registry_home), "follow.canary": 0.5}
+    with TestClient(create_app(app_config(**changes))) as started:
+        yield started
+
+
+def test_every_request_of_a_patient_is_answered_by_one_version(client, images, png, capfd):
+    patients = [f"Kim-{number}" for number in range(24)]
+    expected = ["2" if is_in_share("hsg", patient, 0.5) else "1" for patient in patients]
+    assert 4 < expected.count("2") < 20
+    for _ in range(2):
+        objects = [dicom(images[0], PatientID=patient, BodyPartExamined="UTERUS") for patient in patients]
+        by_object = [client.post(PREDICT, content=content).json() for content in objects]
+        by_header = [client.post(PREDICT, content=png, headers={"X-Patient": p}).json() for p in patients]
+        assert [answer["version"] for answer in by_object] == expected
+        assert [answer["version"] for answer in by_header] == expected
+    assert len({(answer["version"], answer["result"]["threshold"]) for answer in by_header}) == 2
+    assert [client.post(PREDICT, content=png).json()["version"] for _ in range(8)] == ["1"] * 8
+    told = "".join(capfd.readouterr()) + client.get("/metrics").text + client.get("/readyz").text
+    assert "Kim-" not in told and NAME.split("^")[0] not in told
+
+
+def test_readiness_and_metrics_name_both(client):
+    assert client.get("/readyz").json()["hsg"]["versions"] == {"champion": "1", "challenger": "2"}
+    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("raymed_model_info{")]
+    assert len(lines) == 2 and any('alias="challenger"' in line and 'version="2"' in line for line in lines)

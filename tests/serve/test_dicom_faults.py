@@ -1,0 +1,97 @@
+"""A node whose archive or server is not there for a while loses nothing."""
+
+import logging
+import shutil
+
+import pytest
+from dicom_helpers import Archive, files, free_port, is_assessment, is_over, node, send_study, serving, studies, texts
+from pydicom.uid import SegmentationStorage
+from waiting import until
+
+from raymed.serve.dicom.queue import Queue
+
+NODE = "raymed.dicom"
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """Studies, as they come."""
+    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
+
+
+@pytest.fixture
+def server(app_config):
+    """Address of a running server."""
+    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
+        yield address
+
+
+def test_results_wait_for_an_archive_that_is_down(tmp_path, sent, server):
+    port_of_pacs = free_port()
+    with node(tmp_path, server, port_of_pacs) as port:
+        send_study(sent[0], port)
+        send_study(sent[1], port)
+        until(lambda: len(Queue(tmp_path).ready()) == 2)
+        with Archive(port=port_of_pacs, refuses=1) as pacs:  # and says that it is full at first
+            until(lambda: is_over(tmp_path))
+            assert len(pacs.of("SR")) == 2
+            assert len({ds.SOPInstanceUID for ds in pacs.received}) == len(pacs.received)
+
+
+def test_what_an_archive_does_not_take_holds_nothing_else_up(tmp_path, sent, server):
+    with Archive(classes=(SegmentationStorage,)) as pacs, node(tmp_path, server, pacs.port) as port:
+        send_study(sent[0], port)
+        send_study(sent[1], port)
+        until(lambda: len(pacs.of("SR")) == 2)
+        overlays = [len(sent[0])] * 2  # are kept; a report goes a moment after it has arrived
+        until(lambda: [len(result.files) for result in Queue(tmp_path).ready()] == overlays)
+
+
+def test_an_endpoint_that_is_not_ready_is_asked_again_when_it_says(tmp_path, sent, app_config, bundle_folder, caplog):
+    caplog.set_level(logging.INFO, NODE)
+    later = tmp_path / "bundle"
+    config = app_config(models=(f"hsg={later}",), **{"follow.every_s": 0.2, "access.hosts": ("127.0.0.1",)})
+    with serving(config) as address, Archive() as pacs, node(tmp_path / "node", address, pacs.port) as port:
+        send_study(sent[0], port)
+        until(lambda: "HTTP 503" in caplog.text)
+        shutil.copytree(bundle_folder, later)
+        until(lambda: pacs.of("SR"))
+    asked = [record for record in caplog.records if "HTTP 503" in record.message]
+    assert len(asked) == 1 and "again in 5 s" in asked[0].message  # its Retry-After, not a wait of our own
+
+
+def test_an_endpoint_that_is_down_is_waited_for(tmp_path, sent, app_config, caplog):
+    caplog.set_level(logging.INFO, NODE)
+    with Archive() as pacs, node(tmp_path, f"http://127.0.0.1:{free_port()}", pacs.port) as port:
+        send_study(sent[0], port)
+        until(lambda: caplog.text.count("not there") >= 2)
+        assert len(files(tmp_path, "images")) == len(sent[0])
+    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address, Archive() as pacs:
+        with node(tmp_path, address, pacs.port):
+            assert is_assessment(until(lambda: pacs.of("SR"))[0])
+
+
+def test_a_study_that_is_too_large_is_told_so(tmp_path, sent, app_config):
+    config = app_config(**{"limits.body_bytes": 30_000, "access.hosts": ("127.0.0.1",)})
+    with serving(config) as address, Archive() as pacs, node(tmp_path, address, pacs.port) as port:
+        run = next(study for study in sent if sum(len(ds.PixelData) for ds in study) > 40_000)
+        send_study(run, port)
+        (report,) = until(lambda: pacs.of("SR"))
+    assert not is_assessment(report) and "30000" in texts(report)
+
+
+def test_a_full_disk_is_said(tmp_path, sent):
+    with node(tmp_path, "http://127.0.0.1:9", 9) as port:
+        (tmp_path / "images").rmdir()
+        (tmp_path / "images").touch()  # nothing can be written there
+        assert set(send_study(sent[0], port)) == {0xA700}
+
+
+def test_one_study_that_cannot_be_asked_about_holds_no_other_up(tmp_path, sent, server, caplog):
+    with Archive() as pacs, node(tmp_path, server, pacs.port, quiet=1.0) as port:
+        send_study(sent[0], port)
+        for path in files(tmp_path, "images"):
+            path.unlink()  # by somebody's hand
+        send_study(sent[1], port)
+        assert until(lambda: pacs.of("SR"))[0].StudyInstanceUID == sent[1][0].StudyInstanceUID
+    assert "FileNotFoundError; again in 1 s" in caplog.text

@@ -1,0 +1,151 @@
+"""STOW-RS: a study goes in, DICOM comes out."""
+
+import io
+import json
+
+import pydicom
+import pytest
+from dicom_helpers import content, flaws, studies, texts
+from pydicom import Dataset
+from pydicom.sr.codedict import codes
+
+from raymed.config import UserError
+from raymed.serve.dicom.multipart import DICOM, read_related, write_related
+
+ADDRESS = "/v1/models/hsg/studies"
+RELATED = f'multipart/related; type="{DICOM}"'
+JSON = "application/dicom+json"
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """Studies, as they come."""
+    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
+
+
+def post(client, parts, accept=RELATED, address=ADDRESS, **query):
+    body, kind = write_related([part if isinstance(part, bytes) else content(part) for part in parts])
+    return client.post(address, content=body, params=query, headers={"Content-Type": kind, "Accept": accept})
+
+
+def results(response) -> list[Dataset]:
+    assert response.status_code == 200, response.text
+    parts = read_related(response.content, response.headers["content-type"])
+    return [pydicom.dcmread(io.BytesIO(part)) for part in parts]
+
+
+def test_a_study_is_answered_by_a_report(client, sent):
+    for study in sent[:4]:
+        report = results(post(client, study, results="report"))[0]
+        assert report.SOPClassUID == pydicom.uid.ComprehensiveSRStorage and flaws(report) == []
+        assert (report.StudyInstanceUID, report.PatientName) == (study[0].StudyInstanceUID, study[0].PatientName)
+        answer = post(client, study, "application/json").json()
+        assert answer["model"] == "hsg" and f"bundle sha256: {answer['bundle']}" in texts(report)
+        import highdicom
+
+        group = highdicom.sr.srread(io.BytesIO(content(report))).content.get_image_measurement_groups()[0]
+        measured = group.get_measurements(codes.DCM.Probability)[0].value
+        assert measured == pytest.approx(answer["result"]["probability"])
+        assert group.finding_type.value == "occluded"
+
+
+def test_the_answer_is_that_of_predict(client, sent):
+    files = [("file", (f"{i}.dcm", content(ds))) for i, ds in enumerate(sent[0])]
+    predicted = client.post("/v1/models/hsg:predict", files=files).json()
+    assert post(client, sent[0], "application/json").json() == predicted
+
+
+def test_every_image_with_a_map_gets_an_overlay(client, sent):
+    found = results(post(client, sent[0], results=["report", "overlay", "segmentation"]))
+    assert [ds.Modality for ds in found] == ["SR"] + ["OT", "SEG"] * len(sent[0])
+    for overlay in found[1::2]:
+        assert flaws(overlay) == [] and overlay.pixel_array.std() > 0
+    names = [ds.SourceImageSequence[0].ReferencedSOPInstanceUID for ds in found[1::2]]
+    assert names == [ds.SOPInstanceUID for ds in sent[0]]
+
+
+def test_who_asks_twice_gets_the_same_objects(client, sent):
+    first, second = (results(post(client, sent[0])) for _ in range(2))
+    assert [ds.SOPInstanceUID for ds in first] == [ds.SOPInstanceUID for ds in second]
+
+
+def test_stow_clients_get_the_standards_response(client, sent):
+    report = results(post(client, sent[0], results="report"))[0]
+    response = post(client, [*sent[0], report, b"no DICOM"], JSON)
+    assert response.status_code == 202 and response.headers["content-type"] == JSON
+    told = Dataset.from_json(response.json())
+    assert [item.ReferencedSOPInstanceUID for item in told.ReferencedSOPSequence] == [
+        ds.SOPInstanceUID for ds in sent[0]
+    ]
+    assert [item.FailureReason for item in told.FailedSOPSequence] == [0x0122, 0xC000]
+    answer = json.loads(told.private_block(0x0099, "RAYMED")[0x01].value)
+    assert answer["decision"] in ("positive", "negative", "abstain")
+    assert post(client, sent[0], JSON).status_code == 200
+
+
+def test_what_the_model_was_not_made_for_is_left_out_of_a_study(client, sent):
+    other = pydicom.dcmread(io.BytesIO(content(sent[0][1])))
+    other.Modality = "CT"
+    report = results(post(client, [other, sent[0][0]], results="report"))[0]
+    evidence = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence
+    assert [item.ReferencedSOPInstanceUID for item in evidence] == [sent[0][0].SOPInstanceUID]
+    alone = post(client, [other])
+    assert alone.status_code == 422 and alone.json()["field"] == "files[0].modality"
+
+
+def test_an_earlier_report_is_named(client, sent):
+    first = results(post(client, sent[0][:1], results="report"))[0]
+    before = f"{first.SeriesInstanceUID}/{first.SOPInstanceUID}"
+    later = results(post(client, sent[0], results="report", before=before))[0]
+    named = later.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0].ReferencedSOPSequence[0]
+    assert named.ReferencedSOPInstanceUID == first.SOPInstanceUID != later.SOPInstanceUID
+    assert post(client, sent[0], before="1.2.3").status_code == 422
+
+
+def test_one_file_needs_no_multipart(client, sent):
+    response = client.post(ADDRESS, content=content(sent[0][0]), headers={"Content-Type": DICOM})
+    assert results(response)[0].Modality == "SR"
+
+
+def test_studies_are_answered_one_by_one(client, sent):
+    assert post(client, [sent[0][0], sent[1][0]]).status_code == 422
+    one = f"{ADDRESS}/{sent[0][0].StudyInstanceUID}"
+    assert post(client, sent[0], address=one).status_code == 200
+    assert post(client, sent[1], address=one).status_code == 409
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Accept": "image/png"}, 406),
+        ({"Content-Type": "application/json"}, 422),
+        ({"Content-Type": 'multipart/related; type="application/pdf"; boundary=x'}, 422),
+        ({"Content-Type": "multipart/related"}, 422),
+        ({"Content-Type": f"{RELATED}; boundary=other"}, 422),
+    ],
+)
+def test_other_forms_are_refused(client, sent, headers, status):
+    body, kind = write_related([content(sent[0][0])])
+    response = client.post(ADDRESS, content=body, headers={"Content-Type": kind, "Accept": "*/*"} | headers)
+    assert response.status_code == status and response.headers["content-type"] == "application/problem+json"
+
+
+def test_what_cannot_be_used_is_said_without_values(client, sent):
+    assert post(client, [b"nothing"]).status_code == 422
+    assert post(client, sent[0], results="picture").status_code == 422
+    assert post(client, sent[0], nonsense="1").status_code == 422
+    assert client.post("/v1/models/other/studies", content=b"", headers={"Content-Type": DICOM}).status_code == 404
+    cut = content(sent[0][0])[:-1000]
+    response = post(client, [cut])
+    assert response.status_code == 422
+    assert str(sent[0][0].PatientID) not in response.text and sent[0][0].SOPInstanceUID not in response.text
+
+
+def test_bodies_come_back_as_they_went():
+    parts = [b"", b"\r\n--x\r\n", bytes(range(256)) * 100]
+    assert read_related(*write_related(parts)) == parts
+    body, kind = write_related(parts)
+    with pytest.raises(UserError):
+        read_related(b"no boundary", kind)
+    with pytest.raises(UserError, match="at most 2000"):
+        read_related(*write_related([b"x"] * 2001))
