@@ -20,10 +20,10 @@ demo: install  ## the main job on digital phantoms, with a local Ray; two fresh 
 serve: install  ## whatever is registered, at http://127.0.0.1:8000, for this machine alone
 	$(BIN)/python jobs/serve_models.py --access.open $(ARGS)
 
-test: install  ## what continuous integration runs; three files at a time, since many tests wait
+test: install  ## what continuous integration runs
 	$(BIN)/ruff check raymed jobs tests
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 3 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-cluster: install  ## longer: several workers and kills; mostly waiting, so three files at a time
 	$(BIN)/python -m pytest -m slow -n 3 --dist loadfile $(ARGS)
