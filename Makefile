@@ -3,14 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+PROVIDER ?= local
 
 .PHONY: install demo serve test test-cluster test-load bench lint clean
+.PHONY: cluster-up cluster-status submit logs stop cluster-down doctor offline-pack backup restore
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml
+ifdef OFFLINE
+	$(PYTHON) $(OFFLINE)/install.py $(VENV) --project .
+else
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+endif
 	touch $@
 
 demo: install  ## the main job on digital phantoms, with a local Ray; two fresh seeds in place of five, for time
@@ -19,6 +25,36 @@ demo: install  ## the main job on digital phantoms, with a local Ray; two fresh 
 
 serve: install  ## whatever is registered, at http://127.0.0.1:8000, for this machine alone
 	$(BIN)/python jobs/serve_models.py --access.open $(ARGS)
+
+cluster-up: install  ## a cluster: PROVIDER=local, onprem, aws, gcp or kuberay
+	$(BIN)/python -m raymed.cluster up $(PROVIDER) $(ARGS)
+
+cluster-status: install
+	$(BIN)/python -m raymed.cluster status
+
+submit: install  ## JOB=jobs/train_classifier.py on that cluster; FLAGS=--no-wait does not wait for it
+	$(BIN)/python -m raymed.cluster submit $(FLAGS) $(JOB) $(ARGS)
+
+logs: install  ## of the last job; NAME=... of another one, or of a part; ARGS=--follow
+	$(BIN)/python -m raymed.cluster logs $(NAME) $(ARGS)
+
+stop: install  ## the last job, at its next checkpoint; NAME=... another one
+	$(BIN)/python -m raymed.cluster stop $(NAME)
+
+cluster-down: install
+	$(BIN)/python -m raymed.cluster down
+
+doctor: install  ## what is wrong with this machine or the cluster that is up, before a job finds it
+	$(BIN)/python -m raymed.doctor $(ARGS)
+
+offline-pack: install  ## everything for machines without internet, in the new folder TO=DIR
+	$(BIN)/python -m raymed.cluster.offline pack $(TO) $(ARGS)
+
+backup: install  ## MLflow, models, runs and the log of decisions, into the new folder TO=DIR; ARGS=--cluster
+	$(BIN)/python -m raymed.cluster.backup save $(TO) $(ARGS)
+
+restore: install  ## FROM=DIR into an empty storage; ARGS="--storage ..."
+	$(BIN)/python -m raymed.cluster.backup restore $(FROM) $(ARGS)
 
 test: install  ## what continuous integration runs
 	$(BIN)/ruff check raymed jobs tests

@@ -71,7 +71,7 @@ class PromoteModel:
     withdraw: bool = False
     """Take the alias challenger away: the champion answers everybody."""
     verify: bool = False
-    """Only look whether every recorded decision is as it was written."""
+    """Only look whether every recorded decision, about whatever model, is there and as it was written."""
     bundle: str | None = None
     """Register this bundle first (a folder or s3:// location), as one that could not be registered by its job."""
     by: str = NOT_STATED
@@ -101,7 +101,8 @@ def change(config: PromoteModel) -> str:
     client, audit, name = connect(config.tracking, storage), Audit(storage), config.model
     told = {"by": config.by, "why": config.why}
     if config.verify:
-        return f"{audit.verify(anchors(client, name))} recorded decisions, each as it was written: {audit.path}"
+        num = audit.verify(anchors(client))
+        return f"{num} recorded decision{'s' * (num != 1)}, each as it was written: {audit.path}"
     if config.withdraw:
         return f"challenger: none (was {name} version {withdraw(client, name, **told, audit=audit)})"
     if config.rollback:

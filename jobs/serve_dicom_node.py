@@ -1,12 +1,11 @@
 """Answer the studies that an archive (PACS) sends by DICOM, through a running server (`jobs/serve_models.py`).
 
-    python jobs/serve_dicom_node.py --endpoint http://127.0.0.1:8000 --model hsg --ae RAYMED --port 11112 \
-        --allow PACS1 --reply-to PACS1@10.0.0.5:104
+    python jobs/serve_tokens.py add dicom-node > token      # where the server wants one
+    python jobs/serve_dicom_node.py --model hsg --token-file token --allow PACS1 --reply-to PACS1@10.0.0.5:104
     python jobs/serve_dicom_node.py --model hsg --allow CT1 --reply-to CT1=PACS1@10.0.0.5:104
 
 Whoever is allowed sends a study by C-STORE; when nothing has come for a while, a report and overlays come back by
-C-STORE. What is on its way is kept on disk, and goes on when this is started again. The server's token is read from
---token-file or the environment (RAYMED_NODE_TOKEN).
+C-STORE. What is on its way is kept on disk, and goes on when this is started again.
 """
 
 import logging
@@ -31,29 +30,35 @@ class ServeDicomNode:
     """Who may send, who gets the results, and which model is asked."""
 
     model: str
-    """Name of the model at the endpoint."""
+    """Name of the model at the server, as its page and /v1/models show it."""
     allow: tuple[str, ...]
-    """AE titles of those who may send."""
+    """AE titles of those who may send studies, such as PACS1."""
     reply_to: tuple[str, ...]
-    """TITLE@HOST:PORT of those who get the results of what they send; SENDER=TITLE@HOST:PORT for another's."""
+    """Where results go: TITLE@HOST:PORT for what TITLE itself has sent, SENDER=TITLE@HOST:PORT for what SENDER has."""
     ae: str = "RAYMED"
-    """AE title of this node, which it must be called by."""
+    """AE title of this node, which senders must call it by."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 = all. DICOM is not encrypted: an archive's own network alone may reach it."""
+    """Address to listen on: 127.0.0.1 is reached from this machine alone, 0.0.0.0 from every network. DICOM is not
+    encrypted: let an archive's own network alone reach it."""
     port: int = 11112
-    """0 = any that is free; it is printed."""
+    """To listen on; 0 = any that is free, which is printed."""
     endpoint: str = "http://127.0.0.1:8000"
+    """Address of the server of models (jobs/serve_models.py)."""
     ca: Path | None = None
     """Certificate of the authority that an https endpoint is checked by; None = the system's."""
     token_file: Path | None = None
+    """File with the server's token, as jobs/serve_tokens.py add NAME prints it; None = $RAYMED_NODE_TOKEN, else none.
+    It is read once, at the start."""
     results: tuple[Literal["report", "overlay", "segmentation"], ...] = ("report", "overlay")
+    """What is sent back: a report (SR) of each study, and of each image an overlay and a segmentation of the heat map.
+    The report is always among them."""
     quiet: float = 5.0
     """Seconds without an image after which a study is taken to be whole."""
     days: float = 1.0
-    """How long a study is kept when its results are confirmed, so that a late image is answered together with those
-    before it; 0: deleted at once, and a late image is answered by itself."""
+    """How long a study is kept when its results have arrived, so that a late image is answered together with those
+    before it; 0 = deleted at once, and a late image is answered by itself."""
     longest_wait: float = 300.0
-    """Seconds between two tries, at most, of what does not work."""
+    """Most seconds between two tries, while the server or an archive is not there."""
     storage: str | None = None
     """Where raymed keeps things; None = $RAYMED_HOME, else ~/.raymed."""
 
@@ -95,9 +100,12 @@ def _token(config: ServeDicomNode) -> str:
     if config.token_file is None:
         return os.environ.get("RAYMED_NODE_TOKEN", "")
     try:
-        return config.token_file.read_text().strip()
-    except OSError:
+        token = config.token_file.read_text().strip()
+    except (OSError, UnicodeDecodeError):
         raise UserError(f"token_file: {config.token_file} cannot be read") from None
+    if not token:
+        raise UserError(f"token_file: a token is expected in {config.token_file}, and it is empty")
+    return token
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ class Place:
     """Where the tokens are."""
 
     file: Path | None = None
-    """None = tokens.json in the storage's folder serve."""
+    """File of tokens, as --access.tokens of the server; None = tokens.json in the storage's folder serve."""
     storage: str | None = None
     """Where raymed keeps things; None = $RAYMED_HOME, else ~/.raymed."""
 
@@ -37,9 +37,9 @@ class Add(Place):
     """Make a token and print it."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = tyro.MISSING
-    """Of whoever asks, such as pacs or reading-room; it stands in the server's log."""
+    """Name of whoever asks, such as pacs or reading-room; it stands in the server's log."""
     days: int = 90
-    """After which it is no longer valid."""
+    """Days for which the token is valid."""
 
     def __call__(self) -> str:
         return add_token(self.path(), self.name, self.days)
@@ -57,10 +57,10 @@ class List(Place):
 
 @dataclass(frozen=True)
 class Revoke(Place):
-    """From now on nobody is known by a token."""
+    """Make a token worthless: whoever bears it is refused from now on."""
 
     name: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")] = tyro.MISSING
-    """Of whoever asked."""
+    """Name that the token was made for."""
 
     def __call__(self) -> str:
         revoke_token(self.path(), self.name)

@@ -2,8 +2,8 @@
 
 python jobs/train_classifier.py                                      # digital HSG phantoms
 python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --method asl
-python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --preview     # the data, as a page
-python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --cv 5x3      # few cases
+python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --preview   # the data, as a page
+python jobs/train_classifier.py --data.manifest scans.csv --data.positive occluded --cv 5x3    # few cases
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ import tyro
 
 from raymed.config import to_dict
 from raymed.registry.config import RegisterConfig
+from raymed.registry.next_steps import tell_next_steps
 from raymed.results.folds import folds_of, report_folds
 from raymed.results.trained import leave_evaluated
 from raymed.tasks.classifier import ClassifierRecipe
@@ -52,7 +53,9 @@ def train(config: TrainClassifier) -> Path:
         if config.cv:
             return report_folds(job, methods)
         left, registered = leave_evaluated(job, units, config.register)
-        return report(job, methods, pages=left, registered=registered and to_dict(registered))
+        summary = report(job, methods, pages=left, registered=registered and to_dict(registered))
+    tell_next_steps(summary, config.register, config.run.storage, config.run.tracking)
+    return summary
 
 
 if __name__ == "__main__":

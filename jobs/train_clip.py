@@ -18,6 +18,7 @@ import tyro
 
 from raymed.config import replace
 from raymed.registry.config import RegisterConfig
+from raymed.registry.next_steps import tell_next_steps
 from raymed.results.clip import report_trained
 from raymed.tasks.clip import ClipRecipe
 from raymed.tasks.prompts import Prompts
@@ -55,7 +56,9 @@ def train(config: TrainClip) -> Path:
             shuffled = replace(job.recipe, {"shuffled_captions": True})
             units["shuffled captions"] = [job.unit(f"control/seed-{s}", s, shuffled) for s in config.seeds]
         run_one_by_one(job, flat(units))
-        return report_trained(job, units, config.prompts, config.register)
+        summary = report_trained(job, units, config.prompts, config.register)
+    tell_next_steps(summary, config.register, config.run.storage, config.run.tracking)
+    return summary
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import tyro
 from raymed.config import check_range
 from raymed.data.folds import CrossValidation
 from raymed.registry.config import RegisterConfig
+from raymed.registry.next_steps import tell_next_steps
 from raymed.tasks.classifier import ClassifierRecipe
 from raymed.train.compute import Compute
 from raymed.train.places.cluster import connected
@@ -64,7 +65,9 @@ def tune(config: TuneAsl) -> Path:
     with open_job("tune_asl", config) as job, connected():
         if config.cv:
             return run_nested(job, config.sweep, CrossValidation.parse(config.cv), config.inner_folds, config.seeds[0])
-        return run_sweep(job, config.sweep, config.seeds, config.finals, config.register, config.foreign)
+        summary = run_sweep(job, config.sweep, config.seeds, config.finals, config.register, config.foreign)
+    tell_next_steps(summary, config.register, config.run.storage, config.run.tracking)
+    return summary
 
 
 if __name__ == "__main__":

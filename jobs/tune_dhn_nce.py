@@ -18,6 +18,7 @@ from typing import Annotated
 import tyro
 
 from raymed.registry.config import RegisterConfig
+from raymed.registry.next_steps import tell_next_steps
 from raymed.tasks.clip import ClipRecipe
 from raymed.train.compute import Compute
 from raymed.train.places.cluster import connected
@@ -58,7 +59,11 @@ def tune(config: TuneDhnNce) -> Path:
     """Searches, finals, report, model."""
     published = {"dhn_nce as published": PAPER} if "dhn_nce" in config.compared else {}
     with open_job("tune_dhn_nce", config) as job, connected():
-        return run_contest(job, config.compared, config.sweep, config.seeds, config.finals, published, config.register)
+        summary = run_contest(
+            job, config.compared, config.sweep, config.seeds, config.finals, published, config.register
+        )
+    tell_next_steps(summary, config.register, config.run.storage, config.run.tracking)
+    return summary
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ def sections(name: str) -> dict[str, str]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """The words of each `python jobs/...` in indented blocks, without comments; lines that end in a backslash go on."""
+    """The words of each `python jobs/...` in indented blocks, without comments and where output goes; lines that end
+    in a backslash go on."""
     lines = re.sub(r"\\\n\s*", "", text).splitlines()
     blocks = [line for line in lines if line.startswith("    ")]
-    return [shlex.split(line, comments=True) for line in blocks if line.strip().startswith("python jobs/")]
+    jobs = [line.partition(" > ")[0] for line in blocks if line.strip().startswith("python jobs/")]
+    return [shlex.split(line, comments=True) for line in jobs]
 
 
 def five(name: str = "README.md") -> dict[str, list[list[str]]]:

@@ -15,7 +15,8 @@ FLOORS = {
     "tasks": 3,
     "train": 4, "registry": 4,
     "results": 5,
-    "tune": 6, "serve": 6, "doctor": 6,
+    "tune": 6, "serve": 6, "cluster": 6,
+    "doctor": 7,
 }  # fmt: skip
 PLAIN = {"config", "space", "bundle", "random", "threads", "ledger"}
 PLAIN |= {"models", "losses", "explain", "metrics", "report", "tasks"}

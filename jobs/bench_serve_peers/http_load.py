@@ -4,9 +4,10 @@
 
 Task: out (file for the result, JSON), url, headers, bodies (files, sent in turns), warm_up and seconds, and either
 at_once (closed loop: so many clients, each of which sends when it has its answer) or rate and seed (open loop: Poisson
-arrivals a second, whatever comes back). Result: seconds; asked, requests with those of the warm-up; ended: of every
-request that ended within them (in a closed loop) or was due within them (in an open one) its status, 0 for none, and
-its seconds, from when it was due. Imports nothing else of this project.
+arrivals a second, whatever comes back, but that with `most` the next waits while so many are under way). Result:
+seconds; asked, requests with those of the warm-up; ended: of every request that ended within them (in a closed loop) or
+was due within them (in an open one) its status, 0 for none, and its seconds, from when it was due. Imports nothing else
+of this project.
 """
 
 import asyncio
@@ -56,13 +57,15 @@ class Client:
         await asyncio.gather(*(client() for _ in range(at_once)))
         return [(status, end - due) for due, end, status in self.ended if self.begin <= end < self.end]
 
-    async def open(self, rate: float, seed: int) -> list[tuple[int, float]]:
+    async def open(self, rate: float, seed: int, most: int) -> list[tuple[int, float]]:
         """Requests at random times, until the time is over; waits for all of them."""
         due, asked = self.clock(), set()
         random = np.random.default_rng(seed)
         while (due := due + random.exponential(1 / rate)) < self.end:
             await asyncio.sleep(max(0.0, due - self.clock()))
             asked.add(asyncio.create_task(self.ask(due)))
+            if len(asked) >= most:
+                _, asked = await asyncio.wait(asked, return_when=asyncio.FIRST_COMPLETED)
         await asyncio.gather(*asked)
         return [(status, end - due) for due, end, status in self.ended if due >= self.begin]
 
@@ -75,7 +78,7 @@ async def run(task: dict[str, Any]) -> dict[str, Any]:
         if "at_once" in task:
             ended = await client.closed(task["at_once"])
         else:
-            ended = await client.open(task["rate"], task["seed"])
+            ended = await client.open(task["rate"], task["seed"], task.get("most", sys.maxsize))
     return {"seconds": task["seconds"], "asked": len(client.ended), "ended": ended}
 
 

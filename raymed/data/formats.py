@@ -6,6 +6,7 @@ Only the frame that is asked for is decoded.
 """
 
 import io
+import math
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, BinaryIO, ClassVar, Protocol
@@ -200,7 +201,8 @@ def _stated_window(ds: "Dataset") -> Window | None:
     if ds.get("WindowCenter") in (None, "") or ds.get("WindowWidth") in (None, ""):
         return None
     center, width = (np.atleast_1d(ds[name].value)[0] for name in ("WindowCenter", "WindowWidth"))
-    return (float(center), float(width)) if width > 0 else None
+    is_usable = width > 0 and math.isfinite(center) and math.isfinite(width)
+    return (float(center), float(width)) if is_usable else None
 
 
 class Nifti:

@@ -3,8 +3,8 @@
     STORAGE/registry/audit.jsonl
 
 Each line holds the sha256 of the line before it, so that none can be changed, taken out or put in without every later
-one telling (`verify`). The last lines are held by the versions in MLflow: the record of a promotion names the line that
-it stands in (`raymed.registry.promote`). In a storage in a bucket the file goes there with every line.
+one telling (`verify`). The last lines are held by MLflow: each decision leaves the sha256 of its line with the model
+that it is about (`raymed.registry.decisions`). In a storage in a bucket the file goes there with every line.
 """
 
 import errno
@@ -35,8 +35,8 @@ class Audit:
     def __init__(self, storage: Path):
         self.storage, self.path = storage, storage / FILE
 
-    def add(self, **what: Any) -> str:
-        """Add a decision, with its number, the time and the account that it was made from; returns the line's sha256.
+    def add(self, **what: Any) -> dict[str, Any]:
+        """Add a decision, with its number, the time and the account that it was made from; returns it as `entries`.
         Raises UserError where it cannot be written: nothing is to be done that is not on record."""
         with self._alone():
             self._pull()
@@ -48,10 +48,11 @@ class Audit:
                 **what,
                 "before": _sha256(lines[-1]) if lines else _FIRST,
             }
-            line = json.dumps(json.loads(to_json(entry)), ensure_ascii=False).encode()
+            entry = json.loads(to_json(entry))
+            line = json.dumps(entry, ensure_ascii=False).encode()
             self._append(line)
             push_file(self.path)
-        return _sha256(line)
+        return entry | {"sha256": _sha256(line)}
 
     def entries(self, model: str | None = None) -> list[dict[str, Any]]:
         """All decisions, or those about one model, the oldest first, each with its own "sha256". Raises UserError as
@@ -76,7 +77,7 @@ class Audit:
         known = {entry["sha256"] for entry in entries}
         for sha256, what in (anchors or {}).items():
             if sha256 not in known:
-                raise UserError(f"{self.path}: the line of {what} is missing, or is not what was written")
+                raise UserError(f"{self.path}: the line of {what}, as MLflow has it, is missing or was changed")
         return len(entries)
 
     def _lines(self) -> list[bytes]:

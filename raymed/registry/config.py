@@ -32,8 +32,8 @@ class RegisterConfig:
 
 
 def is_stated(intended_use: str) -> bool:
-    """Whether the text says anything."""
-    return intended_use.strip().lower() not in ("", NOT_STATED)
+    """Whether the text says anything; "..." does not."""
+    return intended_use.strip(" .\n\t").lower() not in ("", NOT_STATED)
 
 
 def check_name(name: str) -> None:

@@ -7,15 +7,15 @@
 
 Every change of the champion is a tag of the version that became it, `raymed.promotion.N`, which nothing here ever
 changes or removes, and the whole history of the model is written as `promotions.jsonl` among the artifacts of that
-version's run. Where a log of decisions is kept (`raymed.registry.audit`), nothing is done before it stands there.
+version's run. Where a log of decisions is kept (`raymed.registry.audit`), nothing is done before it stands there
+(`raymed.registry.decisions`). What broke off half-way is completed by deciding the same again.
 """
 
 import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,6 +26,7 @@ from raymed.config import UserError, to_json
 from raymed.registry.audit import Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
+from raymed.registry.decisions import INTENDED_USE, held, on_record, put_on_record
 from raymed.registry.gates import Gate
 from raymed.registry.store import BUNDLE, alias_of, fetch_bundle
 
@@ -34,8 +35,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION, CHALLENGER, ROLLBACK = "candidate", "champion", "challenger", "rollback"
-PROMOTION, INTENDED_USE = "raymed.promotion.", "raymed.intended_use"  # tags of a version
-FIGURES, MODEL_ID = "raymed.figures", "raymed.model_id"
+PROMOTION, FIGURES, MODEL_ID = "raymed.promotion.", "raymed.figures", "raymed.model_id"  # tags of a version
 
 
 def promote(
@@ -57,7 +57,7 @@ def promote(
     intended_use = stated_use(version, intended_use)
     before = alias_of(client, version.name, CHAMPION)
     record = _described("promote", version, before, version, by, why, gates) | {"intended_use": intended_use}
-    with _on_record(audit, record) as line:
+    with on_record(client, audit, version, record) as line:
         _state_use(client, version, intended_use)
         if before is not None and int(before.version) != int(version.version):
             client.set_registered_model_alias(version.name, ROLLBACK, before.version)
@@ -80,10 +80,11 @@ def roll_back(
         raise UserError(f"{name} has no version with the alias {ROLLBACK}: there is nothing to go back to")
     use = version.tags.get(INTENDED_USE, NOT_STATED)
     record = _described("roll back", version, before, version, by, why) | {"intended_use": use}
-    with _on_record(audit, record) as line:
+    with on_record(client, audit, version, record) as line:
         client.set_registered_model_alias(name, CHAMPION, version.version)
-        client.delete_registered_model_alias(name, ROLLBACK)
-        return _record(client, version, record | line)
+        written = _record(client, version, record | line)
+        client.delete_registered_model_alias(name, ROLLBACK)  # last: until then the same can be decided again
+        return written
 
 
 def challenge(
@@ -101,7 +102,7 @@ def challenge(
     intended_use = stated_use(version, intended_use)
     before = alias_of(client, version.name, CHALLENGER)
     record = _described("challenge", version, before, version, by, why, gates) | {"intended_use": intended_use}
-    with _on_record(audit, record):
+    with on_record(client, audit, version, record):
         _state_use(client, version, intended_use)
         client.set_registered_model_alias(version.name, CHALLENGER, version.version)
 
@@ -113,7 +114,7 @@ def withdraw(
     before = alias_of(client, name, CHALLENGER)
     if before is None:
         raise UserError(f"{name} has no version with the alias {CHALLENGER}: the champion answers everybody")
-    with _on_record(audit, _described("withdraw", before, before, None, by, why)):
+    with on_record(client, audit, before, _described("withdraw", before, before, None, by, why)):
         client.delete_registered_model_alias(name, CHALLENGER)
     return int(before.version)
 
@@ -123,18 +124,21 @@ def refuse(
 ) -> None:
     """Put on record that a version was not promoted, and raise UserError that says why."""
     before = alias_of(client, version.name, CHAMPION)
-    audit.add(**_described("refuse", version, before, version, by, why, gates))
-    told = "\n".join(f"    {gate}" for gate in gates)
+    put_on_record(client, audit, **_described("refuse", version, before, version, by, why, gates))
+    why_not = "\n".join(f"    {gate}" for gate in gates)
     raise UserError(
-        f"{version.name} version {version.version} does not become champion:\n{told}\nTake the responsibility with "
+        f"{version.name} version {version.version} does not become champion:\n{why_not}\nTake the responsibility with "
         '--force --why "...", which is recorded'
     )
 
 
-def anchors(client: "MlflowClient", name: str) -> dict[str, str]:
-    """sha256 of lines of the log -> the records of a model in MLflow that name them."""
-    found = promotions(client, name)
-    return {r["audit"]: f"promotion {r['number']} of {name} in MLflow" for r in found if r.get("audit")}
+def anchors(client: "MlflowClient") -> dict[str, str]:
+    """sha256 of lines of the log -> what names them in MLflow: the tags of every model, and records of promotions."""
+    found: dict[str, str] = {}
+    for model in client.search_registered_models(max_results=1000):
+        records = [record for record in promotions(client, model.name) if record.get("audit")]
+        found |= {record["audit"]: f"promotion {record['number']} of {model.name}" for record in records} | held(model)
+    return found
 
 
 def promotions(client: "MlflowClient", name: str) -> list[dict[str, Any]]:
@@ -184,21 +188,6 @@ def _described(
         failed = any(gate.passed is False for gate in gates)
         described |= {"gates": [asdict(gate) for gate in gates], "forced": failed and action != "refuse"}
     return described
-
-
-@contextmanager
-def _on_record(audit: Audit | None, record: dict[str, Any]) -> Iterator[dict[str, str]]:
-    """What is done stands in the log before it is done, and what then could not be done stands there too. Gives
-    {"audit": the line's sha256}."""
-    if audit is None:
-        yield {}
-        return
-    line = audit.add(**record)
-    try:
-        yield {"audit": line}
-    except BaseException as error:
-        audit.add(action="not done", model=record["model"], decision=line, why=type(error).__name__)
-        raise
 
 
 def _record(client: "MlflowClient", version: "ModelVersion", record: dict[str, Any]) -> dict[str, Any]:

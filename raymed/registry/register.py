@@ -46,6 +46,7 @@ class Registered:
     name: str
     version: int
     run_id: str
+    is_champion: bool = False
 
     @property
     def uri(self) -> str:
@@ -112,9 +113,12 @@ def add(
     version = _version(client, name, digest) or _create_version(client, name, folder, bundle, run, digest)
     if _is_newest(client, version, CANDIDATE):
         client.set_registered_model_alias(name, CANDIDATE, version.version)
-    if is_stated(bundle.intended_use) and alias_of(client, name, CHAMPION) is None:
+    number, champion = int(version.version), alias_of(client, name, CHAMPION)
+    is_champion = champion is not None and int(champion.version) == number
+    if champion is None and is_stated(bundle.intended_use):
         promote(client, version, bundle.intended_use, why="registered with its intended use stated", audit=audit)
-    return Registered(name, int(version.version), run.info.run_id)
+        is_champion = True
+    return Registered(name, number, run.info.run_id, is_champion)
 
 
 def identity(folder: Path) -> str:

@@ -7,8 +7,6 @@ of how often the test set was opened.
 import dataclasses
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raymed.bundle import Bundle
@@ -25,28 +23,14 @@ from raymed.registry.gates import (
 )
 from raymed.registry.promote import CHAMPION
 from raymed.registry.store import alias_of, load_model
-from raymed.results.compare import report_comparison
-from raymed.storage import local_folder
-from raymed.tasks.external import LabelledData, data_of
+from raymed.results.compare_bundles import Comparison, compare_bundles
+from raymed.tasks.external import LabelledData
 from raymed.train.compute import Compute
-from raymed.train.runs.job import RunConfig, open_job
-from raymed.train.unit import load_data
+from raymed.train.runs.job import RunConfig
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
-
-
-@dataclass(frozen=True)
-class _Comparison:
-    """The config of jobs/compare_models.py."""
-
-    recipe: LabelledData
-    models: tuple[str, ...]
-    metric: str = "auroc"
-    allow_unknown_training_set: bool = False
-    compute: Compute = Compute()
-    run: RunConfig = RunConfig()
 
 
 def gates(
@@ -88,14 +72,7 @@ def _uri(version: "ModelVersion") -> str:
 
 
 def _differences(models: Mapping[str, Bundle], data: DataConfig, run: RunConfig) -> dict[str, Any]:
-    """Figures of (first model - second) at the level that is decided about. Raises UserError as `report_comparison`."""
-    first, second = (data_of(bundle, data) for bundle in models.values())
-    if first.positive != second.positive:
-        raise UserError(f"the models find different things, {first.positive!r} and {second.positive!r}")
-    with open_job("compare_models", _Comparison(LabelledData(first), tuple(models), run=run)) as job:
-        other = LabelledData(dataclasses.replace(second, manifest=job.recipe.data.manifest))
-        sets = [job.data, load_data(other, local_folder(job.storage, "cache"))]
-        pairs = dict(zip(models, zip(models.values(), sets, strict=True), strict=True))
-        summary: Path = report_comparison(job, pairs, "auroc")
+    """Figures of (first model - second) at the level that is decided about. Raises UserError as `compare_bundles`."""
+    summary = compare_bundles(Comparison(LabelledData(data), tuple(models), run=run), list(models.values()))
     by_level = json.loads(summary.read_text())["differences"]
     return next(iter(by_level.values()))

@@ -12,30 +12,30 @@ LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True)
 class Limits:
-    """What is refused before any of it is decoded, or waited for."""
+    """The most that is taken; what is more is refused before any of it is decoded, or waited for."""
 
     body_bytes: int = 64 * 2**20
-    """Of a request."""
+    """Size of a request's body in bytes (413)."""
     files: int = 32
-    """Images of one case."""
+    """Images of one case (413)."""
     pixels: int = 64_000_000
-    """Height x width of one image."""
+    """Height x width of one image (413)."""
     frames: int = 64
-    """Of one file that are scored."""
+    """Frames of one file that are scored (413)."""
     held_pixels: int = 512_000_000
     """Height x width of all images that are being answered; what comes then is told to come later (503)."""
     queue: int = 128
-    """Images that wait for one model; what comes then is told to come later (503)."""
+    """Images that wait for one model, half of them of one token; what comes then is told to come later (503, 429)."""
     timeout_s: float = 30.0
-    """From the last byte of a request to its answer (503 beyond it)."""
+    """Seconds from the last byte of a request to its answer (503 beyond it)."""
     read_s: float = 20.0
-    """Between two pieces of a request's body; the whole of it may take a second more for each 1000 bytes (408)."""
+    """Seconds between two pieces of a request's body; the whole of it may take one more for each 1000 bytes (408)."""
     per_minute: int = 600
-    """Requests of one token; what comes then is told to come later (429)."""
+    """Requests of one token in a minute; what comes then is told to come later (429)."""
     at_once: int = 32
     """Requests of one token that are being answered."""
     jobs: int = 16
-    """That wait to be worked on (429)."""
+    """Jobs (`/v1/jobs`) that wait to be worked on (429)."""
 
     def __post_init__(self) -> None:
         whole = ("body_bytes", "files", "pixels", "frames", "held_pixels", "queue", "per_minute", "at_once", "jobs")
@@ -47,7 +47,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where networks run."""
+    """Where networks run, and how."""
 
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto = a GPU where there is one."""
@@ -73,9 +73,9 @@ class Follow:
     """How a model keeps up with its alias in the registry."""
 
     every_s: float = 30.0
-    """Between two looks at the registry; a webhook is faster."""
+    """Seconds between two looks at the registry; a webhook is faster."""
     canary: float = 0.0
-    """Share of patients who are answered by the version with the alias `challenger`, where there is one."""
+    """Share of patients, 0 to 1, who are answered by the version with the alias `challenger`, where there is one."""
     secret: str | None = None
     """File with the secret of MLflow's webhook, or $RAYMED_WEBHOOK_SECRET; None = there is no POST /admin/registry."""
 
@@ -91,12 +91,14 @@ class Access:
     tokens: str | None = None
     """File of tokens (`jobs/serve_tokens.py`); None = tokens.json in the storage's folder serve."""
     open: bool = False
-    """Nobody needs a token, and callers have no limits of their own. Only on 127.0.0.1."""
+    """Nobody needs a token, and callers have no limits of their own. Only with the host 127.0.0.1."""
     cert: str | None = None
-    """TLS: file of the server's certificate, with key its private key."""
+    """TLS: file of the server's certificate (PEM); needs access.key."""
     key: str | None = None
+    """TLS: file of the private key of access.cert (PEM, without a passphrase)."""
     client_ca: str | None = None
-    """Mutual TLS: file of the authority whose clients are let in; their common name stands in the log."""
+    """Mutual TLS: file of the authority (PEM) whose clients are let in without a token; their common name stands in the
+    log."""
     hosts: tuple[str, ...] = ()
     """Names that the server is asked by, beside the one it listens on and that of the machine: requests that name
     another host, and no address, are refused."""
@@ -111,6 +113,7 @@ class ServeConfig:
     candidate) or models:/NAME@ALIAS, which are followed, or models:/NAME/VERSION. A CLIP's may go on with ,index=WHERE
     of the index that it searches."""
     host: str = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 = all of this machine's, which wants access.cert and access.key."""
     port: int = 8000
     """0 = any that is free; it is printed."""
     limits: Limits = Limits()

@@ -34,6 +34,13 @@ def check_contract(bundle: Bundle, uploads: Sequence[Upload]) -> None:
             _check(f"{where}.body_part", _body_parts(bundle.contract), _stated(upload.header, "BodyPartExamined"))
 
 
+def check_frames(frames: Sequence[int] | None, uploads: Sequence[Upload]) -> None:
+    """Raises Problem (422) where frames were chosen and no file of the case has any to choose from. uploads: of all its
+    files."""
+    if frames is not None and all(upload.frame is None for upload in uploads):
+        raise Problem(422, "frames: a file that holds several images is expected, to choose from", field="frames")
+
+
 def _check(field: str, expected: Sequence[str], found: str | None) -> None:
     if expected and found and found not in expected:
         raise Problem(422, f"{field}: {' or '.join(expected)} is expected", field=field)

@@ -3,16 +3,17 @@
     ask -> queue of (model, network, shape) -> a batch, as soon as the thread is free -> results
 
 Nobody waits for a batch to fill: a batch is what has come while the last one ran, so that a lone request is as fast as
-without batching. How large a batch may be is measured when a model is loaded: on a GPU many images cost little more
-than one, on a CPU often just as much each. So is whether a network is worth all of a CPU's threads: a small one is
-answered sooner by one.
+without batching. Networks take turns, and so do callers: whoever asks for much delays himself.
+
+How large a batch may be is measured when a model is loaded: on a GPU many images cost little more than one, on a CPU
+often just as much each. So is whether a network is worth all of a CPU's threads: a small one is answered sooner by one.
 """
 
 import asyncio
 import os
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
@@ -24,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from raymed.serve.access.limits import asking
 from raymed.serve.config import Hardware
 from raymed.serve.handlers import Network
 from raymed.serve.problems import Problem, busy
@@ -32,6 +34,8 @@ T = TypeVar("T")
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WORTH = 1.1
 """A larger batch, and more threads, must give so much more throughput."""
+_CASE = 32
+"""Images of a case that are asked for at once (`raymed.serve.handlers.ask_all`): they fit into a caller's share."""
 _END_S = 10.0
 """For what the thread is doing when it is to end."""
 _TIMED, _TIMED_S = 3, 0.05
@@ -45,6 +49,7 @@ class Job:
     result: "asyncio.Future[Any]"
     item: Tensor | None = None
     work: Callable[[], Any] | None = None
+    caller: str = field(default_factory=asking.get)
     since: float = field(default_factory=time.perf_counter)
 
 
@@ -59,9 +64,35 @@ class Lane:
     """Of torch, on a CPU."""
 
 
+class _Turns:
+    """Jobs that may share a batch. Callers take turns."""
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[str, deque[Job]] = OrderedDict()
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
+
+    def put(self, job: Job) -> None:
+        self._of.setdefault(job.caller, deque()).append(job)
+
+    def take(self, most: int) -> list[Job]:
+        """The next ones; who has gone is left out."""
+        jobs: list[Job] = []
+        while self._of and len(jobs) < most:
+            caller, queue = self._of.popitem(last=False)
+            job = queue.popleft()
+            if queue:
+                self._of[caller] = queue
+            if not job.result.done():
+                jobs.append(job)
+        return jobs
+
+
 class Engine:
     """The thread of a device.
 
+    queue: images that may wait for a model; of one caller half of them, or a case where that is more.
     observe(stage, model, seconds, size): told of every batch ("network") and of every wait ("queue").
     """
 
@@ -77,30 +108,39 @@ class Engine:
         self.queue = queue
         self.observe = observe
         self.waiting: dict[str, int] = {}
-        self._lanes: OrderedDict[tuple[Lane | None, Any], deque[Job]] = OrderedDict()
+        self._of_caller: Counter[tuple[str, str]] = Counter()
+        self._lanes: OrderedDict[tuple[Lane | None, Any], _Turns] = OrderedDict()
         self._thread = Thread()
         self._running = False
 
     async def ask(self, lane: Lane, item: Tensor) -> Any:
-        """The result of a lane's network for one item. Raises Problem (503) where too many wait for its model."""
+        """The result of a lane's network for one item. Raises Problem where too many wait for its model: 429 where they
+        are of the same caller, else 503."""
         return await self._put((lane, (item.shape, item.dtype)), lane.model, item=item)
 
     async def alone(self, model: str, work: Callable[[], T]) -> T:
-        """The result of some work in the device's thread, between batches."""
-        return await self._put((None, object()), model, work=work)
+        """The result of some work in the device's thread, between batches. Raises Problem as `ask` does."""
+        return await self._put((None, model), model, work=work)
 
     async def _put(self, key: tuple[Lane | None, Any], model: str, **what: Any) -> Any:
-        if self.waiting.get(model, 0) >= self.queue:
-            raise busy(f"{self.queue} images wait for {model} already", retry_after=1)
         job = Job(asyncio.get_running_loop().create_future(), **what)
+        self._check_room(model, job.caller)
         self.waiting[model] = self.waiting.get(model, 0) + 1
-        self._lanes.setdefault(key, deque()).append(job)
+        self._of_caller[model, job.caller] += 1
+        self._lanes.setdefault(key, _Turns()).put(job)
         if not self._running:
             self._next()
         try:
             return await job.result
         finally:
             self.waiting[model] -= 1
+            self._of_caller[model, job.caller] -= 1
+
+    def _check_room(self, model: str, caller: str) -> None:
+        if caller and self._of_caller[model, caller] >= max(_CASE, self.queue // 2):
+            raise Problem(429, f"as many images of yours as may wait for {model} do already", retry_after=1)
+        if self.waiting.get(model, 0) >= self.queue:
+            raise busy(f"{self.queue} images wait for {model} already", retry_after=1)
 
     def _next(self) -> None:
         """Send what waits longest to the thread, with all that may go with it."""
@@ -112,17 +152,12 @@ class Engine:
         running.add_done_callback(lambda done: self._finish(jobs, done))
 
     def _take(self) -> tuple[Lane | None, list[Job]]:
-        """The next batch. Lanes take turns, so that a busy model does not starve another; who has gone is left out."""
+        """The next batch. Lanes take turns, so that a busy model does not starve another."""
         while self._lanes:
-            (lane, kind), queue = self._lanes.popitem(last=False)
-            most = 1 if lane is None else lane.max_batch
-            jobs: list[Job] = []
-            while queue and len(jobs) < most:
-                job = queue.popleft()
-                if not job.result.done():
-                    jobs.append(job)
-            if queue:
-                self._lanes[(lane, kind)] = queue
+            (lane, kind), turns = self._lanes.popitem(last=False)
+            jobs = turns.take(1 if lane is None else lane.max_batch)
+            if turns:
+                self._lanes[(lane, kind)] = turns
             if jobs:
                 return lane, jobs
         return None, []
@@ -145,7 +180,9 @@ class Engine:
 
     def _lane(self, model: str, network: Network, example: Tensor) -> Lane:
         """Measured size by size, so that other models answer in between."""
-        faster = self._fitted(network)
+
+        def faster(batch: Tensor) -> Sequence[Any]:
+            return self.precisely(lambda: network(batch))
 
         def rate(size: int, threads: int) -> float:
             return self.now(lambda: _rate(faster, example, size), threads)
@@ -160,16 +197,12 @@ class Engine:
         """The result of some work in the device's thread, as soon as that is free. Blocks: for a thread of its own."""
         return self._thread.submit(_with_threads, threads or self.threads, work).result()
 
-    def _fitted(self, network: Network) -> Network:
-        """The network under autocast, where that is wanted."""
+    def precisely(self, work: Callable[[], T]) -> T:
+        """The result of some work in the precision that requests are answered in."""
         if self.hardware.precision == "fp32":
-            return network
-
-        def under_autocast(batch: Tensor) -> Sequence[Any]:
-            with torch.autocast(self.device.split(":")[0], torch.bfloat16):
-                return network(batch)
-
-        return under_autocast
+            return work()
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16):
+            return work()
 
     def close(self) -> None:
         """End the thread after what it is doing, or leave it where that never ends."""

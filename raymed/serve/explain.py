@@ -12,7 +12,6 @@ from typing import Literal, TypeVar, get_args
 
 import numpy as np
 import torch
-from pydantic import BaseModel
 from torch import Tensor
 
 from raymed.explain.attribution import (
@@ -29,6 +28,7 @@ from raymed.explain.attribution import (
 )
 from raymed.explain.gradcam import grad_cam
 from raymed.report.gallery import HEAT_MAP_SENTENCE
+from raymed.serve.described import Described
 from raymed.serve.handlers import Ask, Fields
 from raymed.serve.problems import Problem
 from raymed.tasks.predictor import Predictor
@@ -43,7 +43,7 @@ _PASSES_OF_DELETION = (1 + ORDERS) * (TILES + 1)
 _MOST_PASSES = 4096
 
 
-class DeletionScore(BaseModel):
+class DeletionScore(Described):
     """How the probability falls as the image is taken away tile by tile, the highest of the map first, or at random."""
 
     informed: float
@@ -59,7 +59,7 @@ class DeletionScore(BaseModel):
     random_curve: list[float]
 
 
-class Explanation(BaseModel):
+class Explanation(Described):
     """A heat map of one image, on the grid of the network's input."""
 
     method: Method

@@ -2,20 +2,19 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from raymed.bundle import NOT_STATED, Bundle
+from raymed.models.folding import fold
 from raymed.serve.compiled import compile_modules
 from raymed.serve.engine import Engine, Lane, run_batch
 from raymed.serve.handlers import Handler, handler_class
 from raymed.tasks.golden import check_golden
 
-T = TypeVar("T")
 _BF16_TOLERANCE = 0.03
 
 
@@ -58,12 +57,20 @@ def load_live(name: str, bundle: Bundle, origin: Origin, options: Mapping[str, s
     """Build, check and warm up. Blocks for seconds. Raises UserError for a bundle that cannot be served, or that does
     not answer golden inputs as it did when it was made."""
     handler = handler_class(bundle.kind)(bundle, engine.device, options)
+    _fold(handler)
     if engine.hardware.compile:
         _compile(handler, engine)
     tolerance = _BF16_TOLERANCE if engine.hardware.precision == "bf16" else None
-    check_golden(bundle, engine.now(lambda: _precisely(engine, handler.golden)), tolerance)
+    check_golden(bundle, engine.now(lambda: engine.precisely(handler.golden)), tolerance)
     lanes = engine.lanes(name, handler.networks, handler.examples())
     return Live(name, origin, handler, lanes, engine, identity=identity_of(name, bundle, origin))
+
+
+def _fold(handler: Handler) -> None:
+    """In full precision, whatever requests are answered in."""
+    network, example = handler.networks["image"], handler.examples()["image"]
+    for module in handler.modules:
+        fold(module, lambda: run_batch(network, [example]))
 
 
 def _compile(handler: Handler, engine: Engine) -> None:
@@ -72,16 +79,9 @@ def _compile(handler: Handler, engine: Engine) -> None:
     sizes = sorted({1, 2, max(1, engine.hardware.max_batch)})
 
     def run(size: int) -> None:
-        _precisely(engine, lambda: run_batch(network, [example] * size))
+        engine.precisely(lambda: run_batch(network, [example] * size))
 
     compile_modules(handler.modules, run, sizes, engine.threads)
-
-
-def _precisely(engine: Engine, work: Callable[[], T]) -> T:
-    """The result of work in the precision that requests are answered in."""
-    is_bf16 = engine.hardware.precision == "bf16"
-    with torch.autocast(engine.device.split(":")[0], torch.bfloat16, enabled=is_bf16):
-        return work()
 
 
 def identity_of(name: str, bundle: Bundle, origin: Origin) -> dict[str, Any]:

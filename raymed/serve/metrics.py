@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _SCORES = tuple(i / 20 for i in range(1, 21))
+_METHODS = frozenset(("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"))
+"""A client may make up others, without end."""
 
 
 class Metrics:
@@ -74,8 +76,9 @@ class Metrics:
         self._undecoded.labels(model, str(status)).inc()
 
     def counted(self, method: str, route: str, status: int) -> None:
-        """A request ended; route: its template, or "" where there is none."""
-        self._requests.labels(method if route else "", route, str(status)).inc()
+        """A request ended; route: its template, or "" where there is none: the method then says
+        nothing either."""
+        self._requests.labels(method if route and method in _METHODS else "", route, str(status)).inc()
 
     def not_kept(self) -> None:
         """An answer could not be written down."""

@@ -2,7 +2,7 @@
 
 :predict     what a request may say beside its files, and what an answer's `result` is: the union of all kinds
 /v2          the JSON before binary tensors
-everywhere   the token, and that whatever else goes wrong is told as a problem (RFC 9457)
+everywhere   the token, and that whatever else goes wrong is told as a problem
 """
 
 from collections.abc import Iterable
@@ -15,8 +15,8 @@ from pydantic.json_schema import models_json_schema
 from raymed.serve import handlers
 from raymed.serve.config import ServeConfig
 from raymed.serve.handlers import Handler, Result, handler_class
-from raymed.serve.problems import MEDIA_TYPE, ProblemBody
-from raymed.serve.routes.oip import HEADER_LENGTH, InferRequest, OipError
+from raymed.serve.problems import MEDIA_TYPE, OIP, OipError, ProblemBody
+from raymed.serve.routes.oip import HEADER_LENGTH, InferRequest
 from raymed.serve.routes.predict import PATIENT
 
 Schema = dict[str, Any]
@@ -54,7 +54,7 @@ def _complete(schema: Schema, without_token: frozenset[str] | None) -> Schema:
     parts["Fields"] = _fields(kinds, parts, names)
     operations = [(path, operation) for path, methods in schema["paths"].items() for operation in methods.values()]
     for path, operation in operations:
-        _tell_problems(operation, path.startswith("/v2"))
+        _tell_problems(operation, path.startswith(OIP))
         if without_token is not None and path not in without_token:
             operation["security"] = [{"bearer": []}]
         if path.endswith(":predict"):
@@ -128,12 +128,9 @@ def _tell_tensors(operation: Schema) -> None:
 
 
 def _tell_problems(operation: Schema, is_oip: bool) -> None:
-    problem = {MEDIA_TYPE: {"schema": {"$ref": f"{_REFERENCE}ProblemBody"}}}
-    content = problem | ({"application/json": {"schema": {"$ref": f"{_REFERENCE}OipError"}}} if is_oip else {})
+    kind, body = ("application/json", OipError) if is_oip else (MEDIA_TYPE, ProblemBody)
     responses = operation["responses"]
     if "HTTPValidationError" in str(responses.get("422")):  # what FastAPI would answer by itself
         del responses["422"]
-    for response in responses.values():
-        if OipError.__name__ in str(response):
-            response["content"] = content
+    content = {kind: {"schema": {"$ref": f"{_REFERENCE}{body.__name__}"}}}
     responses["default"] = {"description": "A problem.", "content": content}

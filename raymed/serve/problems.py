@@ -1,4 +1,5 @@
-"""What goes wrong, as RFC 9457 problem details: {"type", "title", "status", "detail", "field", "request"}.
+"""What goes wrong, as RFC 9457 problem details: {"type", "title", "status", "detail", "field", "request"}; below /v2 as
+{"error"}, since clients of the Open Inference Protocol read nothing else.
 
 Nothing that a client sent stands in one, but the names of fields and places of files: what is wrong with an image may
 not name its patient.
@@ -10,18 +11,22 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
 from starlette.exceptions import HTTPException
+from starlette.types import Receive, Scope, Send
 
 from raymed.config import UserError
+from raymed.serve.described import Described
 
 MEDIA_TYPE = "application/problem+json"
+OIP = "/v2"
+"""What the addresses of the Open Inference Protocol begin with."""
 _TITLES = {
     400: "bad request",
     401: "who asks?",
     403: "not allowed",
     404: "not found",
     405: "no such method here",
+    406: "no such form of answer",
     408: "the request came too slowly",
     409: "conflict",
     413: "too much at once",
@@ -34,7 +39,7 @@ _TITLES = {
 }
 
 
-class ProblemBody(BaseModel):
+class ProblemBody(Described):
     """RFC 9457."""
 
     type: str = "about:blank"
@@ -47,8 +52,14 @@ class ProblemBody(BaseModel):
     """Number of the request, as in the log."""
 
 
+class OipError(Described):
+    """A problem, as the Open Inference Protocol has it."""
+
+    error: str
+
+
 class Problem(Exception):
-    """An answer that is no answer."""
+    """An answer that is no answer. field: of the request, that it is about. retry_after: seconds."""
 
     def __init__(self, status: int, detail: str, *, field: str | None = None, retry_after: float | None = None):
         super().__init__(detail)
@@ -74,20 +85,46 @@ def problem_of(error: Exception) -> Problem:
     if isinstance(error, UserError):
         return Problem(422, str(error))
     if isinstance(error, HTTPException):
-        known = Problem(error.status_code, str(error.detail))
-        known.headers = dict(error.headers or {})
-        return known
+        return _of_routing(error)
     return Problem(500, "the server failed; its log says more under the number of the request")
+
+
+def _of_routing(error: HTTPException) -> Problem:
+    """What was raised before any route saw the request, in words that help."""
+    headers = dict(error.headers or {})
+    allowed = headers.get("Allow", "another").replace(", ", " or ")
+    words = {
+        404: "there is nothing at this address: GET /openapi.json says what there is",
+        405: f"this method is not answered here: {allowed} is",
+    }
+    problem = Problem(error.status_code, words.get(error.status_code, str(error.detail)))
+    problem.headers = headers
+    return problem
+
+
+class _Response(JSONResponse):
+    """A problem, told as the protocol of the address does."""
+
+    def __init__(self, problem: Problem, request_id: str | None):
+        super().__init__(problem.body(request_id), problem.status, problem.headers, MEDIA_TYPE)
+        self.problem = problem
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path != OIP and not path.startswith(f"{OIP}/"):
+            return await super().__call__(scope, receive, send)
+        error = OipError(error=self.problem.detail).model_dump()
+        await JSONResponse(error, self.status_code, self.problem.headers)(scope, receive, send)
 
 
 def response_of(problem: Problem, request_id: str | None = None) -> JSONResponse:
     """The problem on the wire."""
-    return JSONResponse(problem.body(request_id), problem.status, headers=problem.headers, media_type=MEDIA_TYPE)
+    return _Response(problem, request_id)
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """`responses` of a route that may answer so."""
-    content = {MEDIA_TYPE: {"schema": ProblemBody.model_json_schema()}}
+    content = {MEDIA_TYPE: {"schema": {"$ref": f"#/components/schemas/{ProblemBody.__name__}"}}}
     return {status: {"description": _TITLES[status], "content": content} for status in statuses}
 
 

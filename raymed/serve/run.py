@@ -15,6 +15,7 @@ from raymed.config import UserError
 from raymed.serve.access.connection import Connection
 from raymed.serve.app import create_app
 from raymed.serve.config import LOOPBACK, ServeConfig
+from raymed.serve.models import CHAMPION, Models, Served
 from raymed.serve.service import Service
 
 _NOTICE_S = 3.0
@@ -35,13 +36,32 @@ def serve(config: ServeConfig) -> str:
     return "stopped"
 
 
-async def _serve(server: uvicorn.Server, config: ServeConfig, listening: socket.socket) -> None:
+async def _serve(server: "Draining", config: ServeConfig, listening: socket.socket) -> None:
     running = asyncio.create_task(server.serve([listening]))
     while not server.started and not running.done():
         await asyncio.sleep(0.05)
     if server.started:
-        print(f"serving on {address(config, listening)}", flush=True)
+        lines = [*refusals(server.service.models), f"serving on {address(config, listening)}", page(config, listening)]
+        print("\n".join(lines), flush=True)
     await running
+
+
+def refusals(models: Models) -> list[str]:
+    """Which versions are not used, why, and what follows from it: two lines each."""
+    lines = []
+    for name, served in models.served.items():
+        for alias, refusal in served.refused.items():
+            lines += _refusal(name, served, alias, refusal.reason)
+    return lines
+
+
+def _refusal(name: str, served: Served, alias: str, reason: str) -> list[str]:
+    live = served.versions.get(CHAMPION)
+    mend = "mend that" + " or promote another version" * bool(served.source.name) + "; it is tried again by itself"
+    if live is None:
+        return [f"{name} is NOT SERVED: {reason}", f"    requests for it are told to come later (503): {mend}"]
+    answers = "the champion" if alias != CHAMPION else f"the last good one here, version {live.origin.version},"
+    return [f"{name}: the {alias} is not used: {reason}", f"    {answers} answers everybody: {mend}"]
 
 
 class Draining(uvicorn.Server):
@@ -107,9 +127,21 @@ def _check_tls(config: ServeConfig) -> None:
         )
 
 
+def page(config: ServeConfig, listening: socket.socket) -> str:
+    """What to open in a browser. A server that listens on every address is asked by a name."""
+    host, port = listening.getsockname()[:2]
+    name = next(iter(config.access.hosts), socket.gethostname()) if host in ("0.0.0.0", "::") else host
+    token = "" if config.access.open else ", with a token: python jobs/serve_tokens.py add NAME"
+    return f"Open {_url(config, name, port)}/ in a browser{token}"
+
+
 def address(config: ServeConfig, listening: socket.socket) -> str:
     """Where it answers, with the port that it got."""
     host, port = listening.getsockname()[:2]
+    return _url(config, host, port)
+
+
+def _url(config: ServeConfig, host: str, port: int) -> str:
     scheme = "https" if config.access.cert else "http"
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
 

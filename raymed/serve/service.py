@@ -11,13 +11,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from pydantic import BaseModel
-
 from raymed.config import UserError
 from raymed.serve.access import log
 from raymed.serve.canary import patient_of
 from raymed.serve.config import ServeConfig, Wanted
-from raymed.serve.contract import check_contract
+from raymed.serve.contract import check_contract, check_frames
+from raymed.serve.described import Described
 from raymed.serve.engine import Engine
 from raymed.serve.handlers import Decision, Fields, Handler, Prepared, Result, Upload
 from raymed.serve.jobs import Jobs
@@ -33,11 +32,13 @@ from raymed.serve.uploads import File, decode, quiet
 from raymed.serve.uploads.room import Room
 
 T = TypeVar("T")
+_FORGET_S = 3600.0
+"""Between two looks at whether something is kept that has become too old."""
 Given = File | Upload
 """Of a request: what is decoded here, or has come as pixels (place and room are then seen to by whoever made it)."""
 
 
-class Answer(BaseModel):
+class Answer(Described):
     """What leaves the server: where the answer comes from, and what a kind of model says."""
 
     model: str
@@ -110,7 +111,7 @@ class Service:
                 await asyncio.to_thread(keeper.forget)
             except OSError as error:  # it is tried again: what is too old must not stay
                 log.write(event="not forgotten", error=error.strerror or type(error).__name__)
-            await asyncio.sleep(3600)
+            await asyncio.sleep(_FORGET_S)
 
     def _told(self, event: str, model: str, **what: Any) -> None:
         self.metrics.told(event, model, **what)
@@ -163,7 +164,7 @@ class Service:
     ) -> tuple[list[Prepared], Result]:
         asked = checked_fields(live.handler, fields)
         if not files and live.handler.needs_image:
-            raise Problem(422, f"{live.name} needs an image: a file of the request", field="files")
+            raise Problem(422, f"{live.name} needs an image", field="files")
         with span("prepare", model=live.name):
             images = await self.prepared(live, files, asked)
         with span("answer", model=live.name):
@@ -193,7 +194,9 @@ class Service:
             return found
 
         parts = await asyncio.gather(*(self._in_decoder(of_file, place, file) for place, file in enumerate(files)))
-        return [image for part in parts for image in part]
+        images = [image for part in parts for image in part]
+        check_frames(fields.frames, [image.upload for image in images])
+        return images
 
     async def _in_decoder(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *arguments)

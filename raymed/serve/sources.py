@@ -113,7 +113,7 @@ def registered(config: ServeConfig) -> ServeConfig:
             raise
     if not found:
         raise UserError("nothing is registered yet: train a model first (make demo), or name one, --models NAME=FOLDER")
-    print("\n".join(f"serving {text}" for text in found), flush=True)
+    print("\n".join(f"found {text}" for text in found), flush=True)
     return replace(config, models=found)
 
 

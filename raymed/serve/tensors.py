@@ -15,8 +15,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
-from pydantic import BaseModel, Field
+from pydantic import Field
 
+from raymed.serve.described import Described
 from raymed.serve.problems import Problem
 
 Datatype = Literal[
@@ -31,7 +32,7 @@ SIZE = "binary_data_size"
 _MOST_AXES = 8
 
 
-class TensorIn(BaseModel):
+class TensorIn(Described):
     """A tensor of a request."""
 
     name: str
@@ -43,7 +44,7 @@ class TensorIn(BaseModel):
     """Nested by the shape, or flat; text for BYTES."""
 
 
-class TensorOut(BaseModel):
+class TensorOut(Described):
     """A tensor of an answer."""
 
     name: str

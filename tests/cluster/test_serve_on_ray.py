@@ -35,17 +35,13 @@ os.environ["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"] = "raymed.serve.on_ray:a
 REPLICA = "ServeReplica:raymed:models"
 
 
-@pytest.mark.parametrize("name", ["serve.yaml", "rayservice.yaml"])
+@pytest.mark.parametrize("name", ["serve.yaml", "kuberay/serve/rayservice.yaml"])
 def test_the_files_of_the_cluster_are_what_serve_and_raymed_expect(name):
     from ray.serve.schema import ServeDeploySchema
 
     told = yaml.safe_load((REPO / "cluster" / name).read_text())
-    if name == "rayservice.yaml":
+    if name != "serve.yaml":
         assert (told["apiVersion"], told["kind"]) == ("ray.io/v1", "RayService")
-        cluster = told["spec"]["rayClusterConfig"]
-        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-            (container,) = group["template"]["spec"]["containers"]
-            assert {"RAYMED_SERVE_TOKEN", "MLFLOW_TRACKING_URI"} <= {variable["name"] for variable in container["env"]}
         told = yaml.safe_load(told["spec"]["serveConfigV2"])
     (application,) = ServeDeploySchema.model_validate(told).applications
     config = from_dict(ServeConfig, application.args)

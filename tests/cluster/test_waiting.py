@@ -66,6 +66,7 @@ def test_a_missing_node_is_waited_for_and_named(tmp_path):
     assert unit_in(tmp_path, **STEPS).result() is not None
 
 
+@pytest.mark.slow
 def test_what_a_worker_finds_wrong_ends_the_run_at_once(ray_cluster, tmp_path, capsys):
     """Not after three more tries, and in the words of the worker alone."""
     unit = unit_in(tmp_path, steps=20, workers=2)

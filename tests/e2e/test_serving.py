@@ -316,6 +316,20 @@ def test_tritonclient(server, pictures):
     assert found.as_numpy("decision").item().decode() == answer["decision"]
 
 
+def test_the_python_of_the_readme(server, stranger, pictures, tmp_path, monkeypatch):
+    address, model = server
+    shutil.copy(pictures[0], tmp_path / "case.png")
+    monkeypatch.chdir(tmp_path)
+    places = {"127.0.0.1:8000": address.removeprefix("http://"), "NAME": model}
+    names = {}
+    for snippet in re.findall(r"^```python\n(.*?)^```", (stranger.code / "README.md").read_text(), re.M | re.S):
+        for word, place in places.items():
+            snippet = snippet.replace(word, place)
+        exec(snippet, names)
+    answer = names["predict"](address, model, (tmp_path / "case.png").read_bytes())
+    assert names["found"].as_numpy("decision").item().decode() == answer["decision"]
+
+
 def test_the_page(server):
     address, model = server
     page = got(f"{address}/").decode()

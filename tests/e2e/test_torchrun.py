@@ -96,6 +96,7 @@ def test_torchrun_gives_the_run_of_one_process(by_torchrun, alone):
     assert json.loads((run / "summary.json").read_text())["config"]["compute"]["workers"] == 2
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_the_same_command_continues(start, by_torchrun, tmp_path):
     whole, _ = by_torchrun
     run = tmp_path / "runs" / "one"

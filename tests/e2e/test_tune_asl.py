@@ -184,6 +184,7 @@ def test_the_winner_is_registered_once_and_gives_its_own_probabilities(home, swe
     assert [p.raw_probability for p in found] == pytest.approx(kept["test_scores"].tolist(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ordinary_tune_trials_reach_the_same_rungs(home, sweep):
     """The same configurations through Ray Tune, one trial an actor, cut by Ray's own scheduler."""
     replay = home.storage / "runs" / "replay"

@@ -118,3 +118,20 @@ def pictures(images, tmp_path) -> list[Path]:
     for path, image in zip(paths, images, strict=False):
         Image.fromarray(image).save(path)
     return paths
+
+
+@pytest.fixture(scope="module")
+def sent(tmp_path_factory):
+    """DICOM studies, as they come; see `dicom_helpers.studies`."""
+    from dicom_helpers import studies
+
+    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
+
+
+@pytest.fixture
+def server(app_config):
+    """Address of a running server, for a DICOM node."""
+    from dicom_helpers import serving
+
+    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
+        yield address

@@ -165,7 +165,7 @@ def test_other_hosts_are_refused(client, host, status):
 def test_a_token_opens_what_is_closed(guarded, png):
     client, pacs, _ = guarded()
     assert [client.get(path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
-    closed = ["/v1/models", "/metrics", "/openapi.json", "/nothing", "/healthz/", "/healthzz", "/pages"]
+    closed = ["/v1/models", "/metrics", "/statusz", "/openapi.json", "/nothing", "/healthz/", "/healthzz", "/pages"]
     for path in closed:
         found = client.get(path, follow_redirects=False)
         assert found.status_code == 401 and found.headers["WWW-Authenticate"] == "Bearer", path
@@ -181,6 +181,18 @@ def test_a_token_opens_what_is_closed(guarded, png):
     assert again.headers["WWW-Authenticate"] == 'Bearer error="invalid_token"'
     assert client.get("/v1/models", headers={"Authorization": f"bearer  {right}"}).status_code == 200
     assert client.get(f"/v1/models?token={right}").status_code == 401
+
+
+def test_readiness_tells_nobody_where_anything_lies(guarded, tmp_path, lines):
+    client, pacs, _ = guarded(models=(f"hsg={tmp_path}/secret/place",))
+    told, _ = lines()
+    ready = client.get("/readyz")
+    assert ready.status_code == 503
+    assert ready.json() == {"hsg": {"ready": False, "versions": {}, "refused": ["champion"]}}
+    assert client.get("/statusz").status_code == 401
+    (reason,) = client.get("/statusz", headers=pacs).json()["hsg"]["refused"].values()
+    assert reason == f"there is no {tmp_path}/secret/place"
+    assert reason in [line.get("reason") for line in told]
 
 
 def test_a_revoked_token_is_refused_without_a_restart(guarded):
@@ -260,10 +272,32 @@ def test_who_asks_too_much_at_once_waits(guarded, png):
     assert client.get("/v1/models", headers=pacs).status_code == 200
 
 
-def through_body(messages, headers=()):
+def test_who_fills_his_part_of_the_queue_waits_and_others_do_not(guarded, png):
+    client, pacs, ward = guarded(**{"limits.queue": 36})
+    engine, go = client.app.state.service.engine, threading.Event()
+    engine._thread.submit(go.wait, 20)
+    found: dict[str, int] = {}
+
+    def ask(name, headers, images):
+        found[name] = client.post(PREDICT, files=[("file", png)] * images, headers=headers).status_code
+
+    asking = [threading.Thread(target=ask, args=each) for each in (("large", pacs, 32), ("small", ward, 2))]
+    for count, thread in zip((32, 34), asking, strict=True):
+        thread.start()
+        until(lambda count=count: engine.waiting.get("hsg") == count)
+    refused = client.post(PREDICT, content=png, headers=pacs)
+    assert refused.status_code == 429 and refused.headers["Retry-After"] == "1"
+    go.set()
+    for thread in asking:
+        thread.join(20)
+    assert found == {"large": 200, "small": 200}
+    assert client.post(PREDICT, content=png, headers=pacs).status_code == 200
+
+
+def through_body(messages, headers=(), path=PREDICT, most=100):
     """What the app behind `Body` was given of a request whose pieces are these; how many of them were taken."""
     got, taken = [], []
-    limits = Limits(body_bytes=100, read_s=0.2)
+    limits = Limits(body_bytes=most, read_s=0.2)
 
     async def app(scope, receive, send):
         got.append((await receive())["body"])
@@ -277,7 +311,7 @@ def through_body(messages, headers=()):
     async def send(message):
         raise AssertionError
 
-    scope = {"type": "http", "method": "POST", "headers": list(headers)}
+    scope = {"type": "http", "method": "POST", "path": path, "headers": list(headers)}
     try:
         asyncio.run(Body(app, limits)(scope, receive, send))
         return got, len(taken)
@@ -300,6 +334,16 @@ def test_a_body_that_does_not_say_is_read_up_to_its_limit():
     assert through_body([piece(60), piece(0), piece(40, False)], headers=streamed) == ([b"x" * 100], 3)
 
 
+def test_what_only_says_what_is_to_be_done_is_short():
+    size, streamed = 2**16 + 1, [(b"transfer-encoding", b"chunked")]
+    declared = [(b"content-length", str(size).encode())]
+    for path in ("/v1/jobs", "/v1/jobs/"):
+        assert through_body([piece(size, False)], declared, path, 2**20) == (413, 0), "none of it is read"
+        assert through_body([piece(2**16), piece(1), piece(1)], streamed, path, 2**20) == (413, 2)
+        assert through_body([piece(2**16, False)], streamed, path, 2**20)[0] == [b"x" * 2**16]
+    assert through_body([piece(size, False)], declared, PREDICT, 2**20)[0] == [b"x" * size]
+
+
 def test_a_body_that_pauses_or_a_client_that_leaves():
     streamed = [(b"transfer-encoding", b"chunked")]
     assert through_body([piece(60)], headers=streamed) == (408, 1)
@@ -313,7 +357,7 @@ def test_a_get_is_not_held_up():
     async def given():
         raise AssertionError
 
-    asyncio.run(Body(app, Limits())({"type": "http", "method": "GET", "headers": []}, given, given))
+    asyncio.run(Body(app, Limits())({"type": "http", "method": "GET", "path": "/", "headers": []}, given, given))
 
 
 def test_who_needs_no_token_brings_little(guarded, app_config):
@@ -325,7 +369,7 @@ def test_who_needs_no_token_brings_little(guarded, app_config):
 
 
 def test_all_bodies_together_are_bounded():
-    streamed = {"type": "http", "method": "POST", "headers": [(b"transfer-encoding", b"chunked")]}
+    streamed = {"type": "http", "method": "POST", "path": PREDICT, "headers": [(b"transfer-encoding", b"chunked")]}
     body = Body(lambda *_: asyncio.sleep(0), Limits(body_bytes=100, read_s=10))
 
     async def ask(pieces):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
@@ -81,7 +82,8 @@ def test_links_and_manifests_do_not_lead_outside(config, root, tmp_path, monkeyp
     remote = root / "remote.csv"
     remote.write_text("image,case,patient,side\ns3://bucket/x.png,C,P,left\n")
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # whoever asks a bucket is told of that
+    bucket = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{bucket.getsockname()[1]}")
     linked = root / "linked"
     linked.mkdir()
     (linked / "own.png").write_bytes((root / "set" / "000_left.png").read_bytes())
@@ -96,7 +98,11 @@ def test_links_and_manifests_do_not_lead_outside(config, root, tmp_path, monkeyp
                 done = ended(client, ask(client, source).json()["id"])
                 assert done["state"] == "failed" and "1 images do not lie in a folder" in done["problem"]
                 assert client.get(f"{JOBS}/{done['id']}/result").status_code == 409
+        bucket.setblocking(False)
+        with pytest.raises(BlockingIOError):  # nobody has called
+            bucket.accept()
     finally:
+        bucket.close()
         shutil.rmtree(linked)
         for path in (link, named, remote, through):
             path.unlink()

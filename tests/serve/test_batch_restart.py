@@ -122,7 +122,7 @@ def test_a_killed_server_loses_no_job(config, root, tmp_path, expected):
         with log.open("w") as file:
             process = subprocess.Popen([sys.executable, "-c", code, told], cwd=REPO, env=environment, stdout=file,
                                        stderr=subprocess.DEVNULL)  # fmt: skip
-        return process, until(lambda: log.read_text().partition("serving on ")[2].strip(), 60)
+        return process, until(lambda: log.read_text().partition("serving on ")[2].partition("\n")[0], 60)
 
     process, url = start(tmp_path / "first.log")
     try:

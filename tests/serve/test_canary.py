@@ -1,5 +1,7 @@
 """The challenger answers its share of the patients, whichever way a request names them."""
 
+import base64
+
 import pytest
 from fastapi.testclient import TestClient
 from hostile import NAME, deflated, dicom
@@ -57,6 +59,24 @@ def test_every_request_of_a_patient_is_answered_by_one_version(client, images, p
     assert [client.post(PREDICT, content=png).json()["version"] for _ in range(8)] == ["1"] * 8
     told = "".join(capfd.readouterr()) + client.get("/metrics").text + client.get("/readyz").text
     assert "Kim-" not in told and NAME.split("^")[0] not in told
+
+
+def test_a_version_that_is_asked_for_by_its_number_answers_whoever_the_patient_is(client, images, png):
+    patient = next(name for name in map("Kim-{}".format, range(99)) if is_in_share("hsg", name, 0.5))
+    named = dicom(images[0], PatientID=patient, BodyPartExamined="UTERUS")
+
+    def asked(path, content, headers):
+        data = base64.b64encode(content).decode()
+        tensor = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [data]}
+        answer = client.post(path, json={"inputs": [tensor]}, headers=headers)
+        assert answer.status_code == 200, answer.text
+        return answer.json()["model_version"]
+
+    for content, headers in ((named, {}), (png, {"X-Patient": patient})):
+        assert asked("/v2/models/hsg/infer", content, headers) == "2"
+        assert asked("/v2/models/hsg/versions/1/infer", content, headers) == "1"
+    found = client.post("/v2/models/hsg/versions/2/infer", json={"inputs": []})
+    assert found.status_code == 404, "by its number only the champion answers"
 
 
 def test_readiness_and_metrics_name_both(client):

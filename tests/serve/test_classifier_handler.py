@@ -56,6 +56,13 @@ def test_answers_are_the_predictors(live, predictor, images):
         assert set(image.distances) == {"mahalanobis", "knn"} and image.explanation is None
 
 
+def test_what_is_served_has_no_normalisation_left_to_compute(live, predictor):
+    def norms(network):
+        return sum(isinstance(module, torch.nn.BatchNorm2d) for module in network.modules())
+
+    assert norms(predictor.network.encoder) > 0 == norms(live.handler.predictor.network.encoder)
+
+
 def test_company_makes_no_difference(live, images):
     handler = live.handler
     cases = [prepared(handler, [pixels]) for pixels in images[:16]]

@@ -166,6 +166,35 @@ def test_the_oldest_prompts_are_forgotten(clip, monkeypatch):
     assert many.shape == (5, 128) and len(handler._kept) == 3, "more than are kept are answered all the same"
 
 
+def test_prompts_that_others_push_out_meanwhile_are_answered(clip, monkeypatch):
+    """Of two requests that take turns each has its own sentences, whatever is kept by then."""
+    monkeypatch.setattr("raymed.serve.handlers.clip._KEPT", 2)
+    handler = Handler(clip, "cpu", {})
+    wanted = handler.embedder.embed_texts(["a", "b", "c"])
+
+    async def race():
+        go, waits = asyncio.Event(), asyncio.Event()
+
+        async def ask(network, item):
+            return handler.networks[network](item[None])[0]
+
+        async def held(network, item):
+            waits.set()
+            await go.wait()
+            return await ask(network, item)
+
+        await handler._sentences(["a", "b"], ask)
+        slow = asyncio.create_task(handler._sentences(["a", "b", "c"], held))
+        await waits.wait()
+        await handler._sentences(["x", "y"], ask)
+        assert list(handler._kept) == ["x", "y"]
+        go.set()
+        return await slow
+
+    found, _ = asyncio.run(race())
+    assert found == pytest.approx(wanted, abs=1e-6) and len(handler._kept) == 2
+
+
 def test_retrieval(server, embedder):
     found = result(asked(server, 4, task="retrieve", texts=["a nodule", "a mass"], k=3))
     (image,), texts = found["images"], found["texts"]
@@ -206,6 +235,22 @@ def test_retrieval(server, embedder):
 def test_what_cannot_be_answered_names_its_field(places, fields, field, why, server):
     response = asked(server, *places, **fields)
     assert response.status_code == 422 and response.json()["field"] == field and why in response.json()["detail"]
+
+
+def test_so_many_matches_and_no_more(server):
+    """20,000 in all: k of every image and text together."""
+    texts = [f"nodule {number}" for number in range(20)]
+    answered = asked(server, texts=texts, task="retrieve", k=1000)
+    assert len(result(answered)["texts"]) == 20
+    for refused in (
+        asked(server, texts=[*texts, "another"], task="retrieve", k=1000),
+        asked(server, 0, 1, texts=texts[:19], task="retrieve", k=1000),
+        asked(server, texts=texts * 10, task="retrieve", k=101),
+    ):
+        assert refused.status_code == 422 and refused.json()["field"] == "k"
+        assert "at most 20000 matches" in refused.json()["detail"]
+    assert asked(server, texts=texts * 10, task="retrieve", k=100).status_code == 200
+    assert asked(server, texts=texts * 10, k=1000).status_code == 200, "embeddings have no matches"
 
 
 def test_nothing_that_was_sent_comes_back(server):

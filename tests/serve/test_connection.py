@@ -19,6 +19,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from fastapi.responses import Response, StreamingResponse
 from waiting import until
 
 from raymed.config import UserError
@@ -160,6 +161,74 @@ def test_work_for_a_client_that_hangs_up_is_dropped(served, app_config, png):
         assert until(lambda labels=labels: value("raymed_requests_total", labels)) == 1
     assert value("raymed_batch_images_sum", {"model": "hsg"}) == 1
     assert service.models.served["hsg"].versions["champion"].in_flight == 0
+
+
+MUCH = 2**22
+
+
+@pytest.fixture
+def talkative(served, app_config, tmp_path, monkeypatch):
+    """address and token of a server that answers one request of a caller at a time, and has much to say at
+    /much, in pieces, and at /whole."""
+    monkeypatch.setenv("RAYMED_SERVE_TOKEN", "s" * 32)
+    monkeypatch.setattr(Connection, "take_s", 0.3)
+    monkeypatch.setattr("raymed.serve.access.connection.SLOWEST", 2**24)
+    config = app_config(**{"access.open": False, "limits.at_once": 1, "storage": str(tmp_path)})
+    address, app = served(config)
+
+    async def pieces():
+        for _ in range(MUCH // 2**16):
+            yield b"x" * 2**16
+
+    app.add_api_route("/much", lambda: StreamingResponse(pieces()))
+    app.add_api_route("/whole", lambda size=MUCH: Response(b"x" * int(size)))
+    return address, {"Authorization": f"Bearer {'s' * 32}"}
+
+
+def asked_for(address: str, path: str, bearer: dict[str, str], *lines: str) -> socket.socket:
+    """A connection with little room for the answer to what it has asked for."""
+    made = socket.socket()
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    made.settimeout(20)
+    host, port = address.removeprefix("http://").split(":")
+    made.connect((host, int(port)))
+    said = [f"GET {path} HTTP/1.1", "Host: 127.0.0.1", f"Authorization: {bearer['Authorization']}", *lines]
+    made.sendall("\r\n".join([*said, "", ""]).encode())
+    return made
+
+
+def test_who_takes_nothing_of_his_answer_loses_his_place(talkative):
+    address, bearer = talkative
+    with asked_for(address, "/much", bearer) as deaf:
+        until(lambda: httpx.get(f"{address}/v1/models", headers=bearer).status_code == 429)
+        until(lambda: httpx.get(f"{address}/v1/models", headers=bearer).status_code == 200, 10)
+        assert len(to_the_end(deaf)) < MUCH
+
+
+def test_answers_that_nobody_takes_are_not_kept(talkative, monkeypatch):
+    """Of all sizes: of some only the end does not fit into what the kernel takes."""
+    address, bearer = talkative
+    lost, real = [], Connection.connection_lost
+    monkeypatch.setattr(Connection, "connection_lost", lambda *arguments: (real(*arguments), lost.append(1)))
+    deaf = [asked_for(address, "/whole", bearer)]
+    until(lambda: lost, 10)
+    assert len(to_the_end(deaf[0])) < MUCH
+    for number, size in enumerate(range(2**16, 2**19, 2**15), start=2):
+        deaf.append(asked_for(address, f"/whole?size={size}", bearer, "Connection: close"))
+        until(lambda number=number: len(lost) == number, 10)
+    for each in deaf:
+        each.close()
+
+
+def test_who_takes_his_answer_slowly_gets_all_of_it(talkative):
+    address, bearer = talkative
+    started = time.monotonic()
+    with asked_for(address, "/much", bearer, "Connection: close") as slow:
+        size = 0
+        while piece := slow.recv(2**15):
+            size += len(piece)
+            time.sleep(0.004)  # the pace of the client
+    assert size > MUCH and time.monotonic() - started > 2 * Connection.take_s
 
 
 class Authority:

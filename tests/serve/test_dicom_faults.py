@@ -3,27 +3,13 @@
 import logging
 import shutil
 
-import pytest
-from dicom_helpers import Archive, files, free_port, is_assessment, is_over, node, send_study, serving, studies, texts
+from dicom_helpers import Archive, files, free_port, is_assessment, is_over, node, send_study, serving, texts
 from pydicom.uid import SegmentationStorage
 from waiting import until
 
 from raymed.serve.dicom.queue import Queue
 
 NODE = "raymed.dicom"
-
-
-@pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """Studies, as they come."""
-    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
-
-
-@pytest.fixture
-def server(app_config):
-    """Address of a running server."""
-    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
-        yield address
 
 
 def test_results_wait_for_an_archive_that_is_down(tmp_path, sent, server):

@@ -1,48 +1,46 @@
 """The node, with real associations and a real server: what an archive sends comes back as a report and overlays."""
 
+import contextlib
 import io
 import logging
 import re
+import socket
 
 import pydicom
 import pytest
-from dicom_helpers import Archive, content, files, is_assessment, is_over, node, send_study, serving, studies, texts
+from dicom_helpers import Archive, content, files, is_assessment, is_over, node, send_study, serving, texts
 from pydicom.uid import SecondaryCaptureImageStorage
 from pynetdicom import AE
 from waiting import until
 
 from raymed.config import UserError
+from raymed.serve.access.tokens import add_token
 from raymed.serve.dicom.node import Patience
 from raymed.serve.dicom.pacs import Receiver, parse_receivers
 
 
-@pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """Studies, as they come."""
-    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
-
-
-@pytest.fixture
-def server(app_config):
-    """Address of a running server."""
-    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
-        yield address
+def echo(port, calling="PACS1", called="RAYMED"):
+    """Status of a C-ECHO; None where there is no association."""
+    entity = AE(calling)
+    entity.add_requested_context("1.2.840.10008.1.1")
+    association = entity.associate("127.0.0.1", port, ae_title=called)
+    status = association.send_c_echo().Status if association.is_established else None
+    association.release()
+    return status
 
 
 def test_who_is_not_allowed_gets_no_association(tmp_path):
     with node(tmp_path, "http://127.0.0.1:9", 9) as port:
+        assert echo(port) == 0
+        assert echo(port, calling="PACS2") is None
+        assert echo(port, called="OTHER") is None
 
-        def echo(calling, called):
-            entity = AE(calling)
-            entity.add_requested_context("1.2.840.10008.1.1")
-            association = entity.associate("127.0.0.1", port, ae_title=called)
-            status = association.send_c_echo().Status if association.is_established else None
-            association.release()
-            return status
 
-        assert echo("PACS1", "RAYMED") == 0
-        assert echo("PACS2", "RAYMED") is None
-        assert echo("PACS1", "OTHER") is None
+def test_who_says_nothing_holds_nobody_up(tmp_path):
+    with node(tmp_path, "http://127.0.0.1:9", 9) as port, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(socket.create_connection(("127.0.0.1", port), 15)) for _ in range(12)]
+        assert echo(port) == 0  # pynetdicom by itself takes ten
+        assert silent[0].recv(1) == b""  # and lets who is silent stay for half a minute
 
 
 def test_a_study_comes_back_as_report_and_overlays(tmp_path, sent, server):
@@ -150,9 +148,11 @@ def test_other_objects_are_refused_and_own_ones_go_nowhere(tmp_path, sent, serve
         entity.add_requested_context(sent[0][0].SOPClassUID, ["1.2.840.10008.1.2.1"])
         association = entity.associate("127.0.0.1", port, ae_title="RAYMED")
         assert [context.abstract_syntax for context in association.rejected_contexts] == [pydicom.uid.RTPlanStorage]
-        wrong = pydicom.dcmread(io.BytesIO(content(sent[0][0])))
-        del wrong.StudyInstanceUID
-        assert association.send_c_store(wrong).Status == 0xA900
+        for name in ("StudyInstanceUID", "SeriesInstanceUID"):
+            for value in (None, ["1.2.3", "1.2.4"]):
+                wrong = pydicom.dcmread(io.BytesIO(content(sent[0][0])))
+                setattr(wrong, name, value)
+                assert association.send_c_store(wrong).Status == 0xA900
         association.release()
         send_study(sent[0], port)
         until(lambda: pacs.of("SR") and is_over(tmp_path))
@@ -177,6 +177,27 @@ def test_logs_name_nobody(tmp_path, sent, server, caplog, capfd):
         assert value not in told
     names = " ".join(str(path) for path in tmp_path.rglob("*"))
     assert ds.StudyInstanceUID not in names and ds.PatientID not in names
+
+
+def test_odd_values_are_told_nobody(tmp_path, sent, monkeypatch, caplog, recwarn):
+    monkeypatch.setattr(pydicom.config.settings, "_reading_validation_mode", pydicom.config.WARN)
+    monkeypatch.setattr(logging.getLogger("pydicom"), "level", logging.NOTSET)
+    odd = pydicom.dcmread(io.BytesIO(content(sent[0][0])))
+    with node(tmp_path, "http://127.0.0.1:9", 9) as port:
+        odd.SeriesInstanceUID = "HONG.GILDONG"
+        assert send_study([odd], port) == [0x0000]
+    assert "HONG" not in caplog.text + "".join(str(warning.message) for warning in recwarn)
+
+
+def test_a_node_without_a_valid_token_says_how_to_get_one(tmp_path, sent, app_config, caplog):
+    config = app_config(**{"access.open": False, "access.tokens": tmp_path / "tokens.json"})
+    add_token(tmp_path / "tokens.json", "another", 1)
+    with serving(config) as address, node(tmp_path / "node", address, 9) as port:
+        send_study(sent[0], port)
+        until(lambda: "HTTP 401" in caplog.text)
+    (told,) = {record.message for record in caplog.records if "HTTP 401" in record.message}
+    for word in ("--token-file", "RAYMED_NODE_TOKEN", "jobs/serve_tokens.py add", "again in"):
+        assert word in told
 
 
 def test_receivers_are_named_for_every_sender():

@@ -7,7 +7,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from dicom_helpers import content, flaws, ramp, studies, texts
+from dicom_helpers import content, flaws, ramp, texts
 from pydicom.sr.codedict import codes
 
 from raymed.config import UserError
@@ -21,12 +21,6 @@ from raymed.serve.service import Answer
 
 SIZE = 16
 ALL = ("report", "overlay", "segmentation")
-
-
-@pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """Studies, as they come."""
-    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
 
 
 def explanation(values: np.ndarray) -> dict:

@@ -1,5 +1,7 @@
 """What a node keeps on disk."""
 
+import os
+import stat
 import time
 
 import pytest
@@ -149,6 +151,16 @@ def test_what_is_long_over_is_forgotten(queue, clock):
     queue.tidy()
     add(queue, "1")
     assert len(queue.due(0)) == 1
+
+
+def test_nobody_else_reads_the_folder(tmp_path):
+    mask = os.umask(0)
+    try:
+        assert stat.S_IMODE(Queue(tmp_path / "new").folder.stat().st_mode) == 0o700
+        (tmp_path / "there").mkdir(mode=0o755)
+        assert stat.S_IMODE(Queue(tmp_path / "there").folder.stat().st_mode) == 0o700
+    finally:
+        os.umask(mask)
 
 
 def test_names_on_disk_are_pseudonyms(queue):

@@ -8,26 +8,12 @@ import sys
 from contextlib import contextmanager
 from pathlib import Path
 
-import pytest
-from dicom_helpers import Archive, free_port, is_assessment, is_over, send_study, serving, studies
+from dicom_helpers import Archive, free_port, is_assessment, is_over, send_study
 from waiting import until
 
 from raymed.serve.dicom.queue import Queue
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """Studies, as they come."""
-    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
-
-
-@pytest.fixture
-def server(app_config):
-    """Address of a running server."""
-    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
-        yield address
 
 
 def test_a_node_that_was_killed_goes_on(tmp_path, sent, server):

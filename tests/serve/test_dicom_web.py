@@ -5,7 +5,7 @@ import json
 
 import pydicom
 import pytest
-from dicom_helpers import content, flaws, studies, texts
+from dicom_helpers import content, flaws, texts
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
 
@@ -15,12 +15,6 @@ from raymed.serve.dicom.multipart import DICOM, read_related, write_related
 ADDRESS = "/v1/models/hsg/studies"
 RELATED = f'multipart/related; type="{DICOM}"'
 JSON = "application/dicom+json"
-
-
-@pytest.fixture(scope="module")
-def sent(tmp_path_factory):
-    """Studies, as they come."""
-    return studies(tmp_path_factory.mktemp("hospital") / "of_phantoms")
 
 
 def post(client, parts, accept=RELATED, address=ADDRESS, **query):

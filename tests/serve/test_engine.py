@@ -1,6 +1,7 @@
 """The thread of a device: what shares a batch, who waits, and what a full device or a failing network costs."""
 
 import asyncio
+import contextvars
 import threading
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from waiting import until
 
+from raymed.serve.access.limits import asking
 from raymed.serve.config import Hardware
 from raymed.serve.engine import Engine, Lane, best_batch, best_threads
 from raymed.serve.problems import Problem
@@ -39,6 +41,13 @@ class Recorder:
 
 async def started(recorder):
     await asyncio.to_thread(recorder.started.wait, 10)
+
+
+def of(caller, work):
+    """A task of a request of somebody."""
+    context = contextvars.copy_context()
+    context.run(asking.set, caller)
+    return asyncio.create_task(work, context=context)
 
 
 def test_a_batch_is_what_came_while_the_last_one_ran(engine):
@@ -108,6 +117,84 @@ def test_who_comes_when_too_many_wait_is_sent_away_and_others_are_answered(engin
     assert answered == [0.0] * 8
     assert isinstance(refused, Problem) and refused.status == 503 and refused.headers == {"Retry-After": "1"}
     assert engine.waiting == {"m": 0}
+
+
+def test_one_caller_fills_his_part_of_the_queue_and_no_more():
+    engine, network = Engine(Hardware(device="cpu", threads=1), queue=80), Recorder()
+    lane = Lane("m", network, 8)
+
+    async def ask():
+        greedy = [of("greedy", engine.ask(lane, ITEM)) for _ in range(42)]
+        other = [of("ward", engine.ask(lane, ITEM + 1)), of("ward", engine.alone("m", lambda: "done"))]
+        third = [of("pacs", engine.ask(lane, ITEM)) for _ in range(39)]
+        await started(network)
+        network.go.set()
+        return [await asyncio.gather(*each, return_exceptions=True) for each in (greedy, other, third)]
+
+    greedy, other, third = asyncio.run(ask())
+    assert greedy[:40] == [0.0] * 40 and other == [2.0, "done"] and third[:38] == [0.0] * 38
+    assert [problem.status for problem in (*greedy[40:], *third[38:])] == [429, 429, 503], "his part, then all"
+    assert "of yours" in greedy[-1].detail and greedy[-1].headers == {"Retry-After": "1"}
+    assert not +engine._of_caller and engine.waiting == {"m": 0}, "what has been answered counts no more"
+    engine.close()
+
+
+def test_a_case_fits_into_a_short_queue():
+    engine, network = Engine(Hardware(device="cpu", threads=1), queue=33), Recorder(hold=False)
+
+    async def ask():
+        lane = Lane("m", network, 8)
+        return await asyncio.gather(*(of("pacs", engine.ask(lane, ITEM)) for _ in range(32)))
+
+    assert asyncio.run(ask()) == [0.0] * 32
+    engine.close()
+
+
+@pytest.mark.parametrize(("size", "batches"), [(1, [[1], [7], [1], [1], [1], [1]]), (3, [[1, 7, 1], [1, 1, 1]])])
+def test_callers_take_turns_and_share_batches(engine, size, batches):
+    network, seen = Recorder(), []
+
+    def noted(batch):
+        seen.append([int(value) for value in batch])
+        return [None] * len(batch)
+
+    async def ask():
+        lane = Lane("m", noted, size)
+        first = asyncio.create_task(engine.ask(Lane("m", network), ITEM))
+        await started(network)
+        asked = [of("greedy", engine.ask(lane, ITEM + 1)) for _ in range(5)] + [of("ward", engine.ask(lane, ITEM + 7))]
+        await asyncio.sleep(0)
+        network.go.set()
+        await asyncio.gather(first, *asked)
+
+    asyncio.run(ask())
+    assert seen == batches
+
+
+def test_much_work_beside_the_networks_does_not_starve_them(engine):
+    order, network = [], Recorder()
+
+    async def ask():
+        lane = Lane("m", lambda batch: order.append("network") or [None] * len(batch))
+        first = asyncio.create_task(engine.ask(Lane("m", network), ITEM))
+        await started(network)
+        asked = [asyncio.create_task(engine.alone("m", lambda: order.append("work"))) for _ in range(5)]
+        asked.append(asyncio.create_task(engine.ask(lane, ITEM)))
+        await asyncio.sleep(0)
+        network.go.set()
+        await asyncio.gather(first, *asked)
+
+    asyncio.run(ask())
+    assert order.index("network") == 1 and order.count("work") == 5
+
+
+def test_requests_are_answered_in_the_precision_that_was_wanted():
+    engine = Engine(Hardware(device="cpu", threads=1, precision="bf16"), queue=8)
+    weight = torch.ones(1, 1)
+    lane = engine.lanes("m", {"image": lambda batch: [str((batch @ weight).dtype)] * len(batch)}, {"image": ITEM})
+    assert asyncio.run(engine.ask(lane["image"], ITEM)) == "torch.bfloat16"
+    assert engine.now(lambda: engine.precisely(lambda: (weight @ weight).dtype)) == torch.bfloat16
+    engine.close()
 
 
 def test_nothing_is_computed_for_who_has_gone(engine):

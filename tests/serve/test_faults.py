@@ -130,7 +130,7 @@ def test_clients_that_leave_in_the_middle_of_a_body_or_before_the_answer_leave_n
                 until(lambda: engine.waiting.get("hsg") == 20)
             until(lambda: is_at_rest(app))
         assert client.post(PREDICT, content=png).status_code == 200
-        assert 'status="499"} 20.0' in client.get("/metrics").text
+        assert 'status="499"} 40.0' in client.get("/metrics").text
     computed = [size for stage, _, _, size in seen if stage == "network"]
     assert computed == [1, 1], "the first, which the device had been given, and the last: nothing for those who left"
     assert is_at_rest(app)

@@ -111,8 +111,8 @@ class Load:
         return [answer for answer in self.answers if answer[0] != 200]
 
 
-def ready(address: str):
-    with urllib.request.urlopen(f"{address}/readyz", timeout=20) as response:
+def state_of(address: str):
+    with urllib.request.urlopen(f"{address}/statusz", timeout=20) as response:
         return json.load(response)["hsg"]
 
 
@@ -131,7 +131,7 @@ def test_promotion_and_rollback_lose_no_request(mlflow, registry, home, png):
             mlflow.kill()
             sent = len(load.answers)
             until(lambda: len(load.answers) > sent + 50 or load.failed(), 60)
-        state = ready(address)
+        state = state_of(address)
     changes = [a != b for (_, a), (_, b) in zip(load.answers, load.answers[1:], strict=False)]
     print(f"{len(load.answers)} answers, {sum(changes)} changes of version between answers that followed each other")
     assert load.failed() == [] and len(load.answers) > 200
@@ -139,6 +139,6 @@ def test_promotion_and_rollback_lose_no_request(mlflow, registry, home, png):
     assert state["versions"] == {"champion": "1"} and "disk" not in state["from"]
     with serving(mlflow.uri, home) as address, Load(address, png) as load:
         load.reaches("1")
-        state = ready(address)
+        state = state_of(address)
     assert load.failed() == [] and "disk" in state["from"]
     assert "MLflow does not answer" in state["refused"]["champion"]

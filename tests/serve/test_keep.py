@@ -3,8 +3,8 @@
 import io
 import json
 import os
+import resource
 import stat
-import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image, PngImagePlugin
+from waiting import until
 
 from raymed.config import UserError
 from raymed.serve.app import create_app
@@ -114,10 +115,37 @@ def test_a_server_deletes_what_is_old_when_it_starts(app_config, tmp_path):
     old = tmp_path / "20200101T000000.000000Z-abc"
     old.mkdir()
     with TestClient(create_app(app_config(keep=str(tmp_path), days=1))):
-        end = time.monotonic() + 10
-        while old.exists() and time.monotonic() < end:
-            time.sleep(0.01)
-    assert not old.exists()
+        until(lambda: not old.exists())
+
+
+def test_what_could_not_be_deleted_is_deleted_later(app_config, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr("raymed.serve.service._FORGET_S", 0.02)
+    folder, said = tmp_path / "kept", []
+    with TestClient(create_app(app_config(keep=str(folder)))):
+        folder.rmdir()
+        folder.write_text("no folder")
+        until(lambda: said.append(capfd.readouterr().err) or '"Not a directory"' in "".join(said))
+        folder.unlink()
+        old = folder / "20200101T000000.000000Z-abc"
+        old.mkdir(parents=True)
+        until(lambda: not old.exists())
+    told = [json.loads(line) for line in "".join(said).splitlines() if '"Not a directory"' in line]
+    assert told[0]["event"] == "not forgotten"
+
+
+def test_a_disk_that_fills_up_in_the_middle_leaves_nothing_half(tmp_path):
+    keeper = Keeper(tmp_path, 1)
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError):
+            keeper.keep("abc", [noise[:8, :8], noise], "{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+    kept = keeper.keep("abc", [noise[:8, :8], noise], "{}")
+    assert sorted(path.name for path in kept.iterdir()) == ["0.png", "1.png", "answer.json"]
 
 
 def test_a_disk_that_takes_nothing_stops_no_answer(app_config, named_png, tmp_path, capfd):
@@ -127,6 +155,12 @@ def test_a_disk_that_takes_nothing_stops_no_answer(app_config, named_png, tmp_pa
         folder.write_text("no folder")
         answer = client.post(PREDICT, content=named_png)
         assert answer.status_code == 200
+        assert "raymed_not_kept_total 1.0" in client.get("/metrics").text
+        folder.unlink()
+        folder.mkdir()
+        again = client.post(PREDICT, content=named_png)
+        (kept,) = folder.iterdir()
+        assert again.status_code == 200 and kept.name.endswith(again.headers["X-Request-Id"]), "it goes on"
         assert "raymed_not_kept_total 1.0" in client.get("/metrics").text
     told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if '"not kept"' in line]
     assert [line["id"] for line in told] == [answer.headers["X-Request-Id"]]

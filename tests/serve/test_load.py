@@ -1,4 +1,4 @@
-"""A server under load for long: every request is answered, or told to come again, and its memory stays as it is.
+"""A server under load for long: every request is answered, and its memory stays as it is.
 
 RAYMED_LOAD_SECONDS says how long; `make test-load` holds it for ten minutes.
 """
@@ -95,7 +95,8 @@ def test_memory_stays_flat_at_four_fifths_of_the_capacity(address, bodies):
     where, process = address
     capacity = len(loaded(where, bodies, 5.0, at_once=8)) / 5
     with watched(process) as memory:
-        ended = loaded(where, bodies, SECONDS, rate=SHARE * capacity, seed=1)
+        # "most": where others take the processors meanwhile, it is still no more than the server can answer.
+        ended = loaded(where, bodies, SECONDS, rate=SHARE * capacity, seed=1, most=64)
     at, mib = np.array(memory).T
     second_half = at > at[-1] / 2
     slope, _ = np.polyfit(at[second_half], mib[second_half], 1)
@@ -106,6 +107,6 @@ def test_memory_stays_flat_at_four_fifths_of_the_capacity(address, bodies):
         f"{1e3 * waited[0]:.1f} ms, p99 {1e3 * waited[1]:.1f} ms; memory {mib[-1]:.0f} MiB, in the second half "
         f"{60 * slope:+.2f} MiB a minute"
     )
-    assert found.keys() <= {200, 503} and found[200] > len(ended) / 2, "503: others took the processors meanwhile"
+    assert found.keys() == {200}
     assert slope * at[-1] / 2 < GROWTH_MIB
     until(lambda: 'raymed_queue_images{model="hsg"} 0.0' in httpx.get(f"{where}/metrics").text)

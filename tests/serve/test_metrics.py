@@ -71,6 +71,13 @@ def test_every_stage_of_a_request_is_measured(client, png):
     assert NAME not in client.get("/metrics").text
 
 
+def test_a_method_that_somebody_made_up_is_no_label(client):
+    for method in ("GET", "BREW", f"X{NAME}"):
+        client.request(method, "/healthz")
+    labels = {key[1] for key in read(client) if key[0] == "raymed_requests_total"}
+    assert {("GET", "/healthz", "200"), ("", "/healthz", "405")} <= labels and "BREW" not in str(labels)
+
+
 def test_an_image_unlike_the_training_data_counts_as_an_abstention(client):
     decision = client.post(PREDICT, content=foreign_image()).json()["decision"]
     assert decision == "abstain"

@@ -55,7 +55,7 @@ def server(folders, tmp_path_factory):
             stdout=log, stderr=subprocess.DEVNULL,
         )  # fmt: skip
         try:
-            told = until(lambda: (home / "log").read_text().partition("serving on http://")[2].strip(), 60)
+            told = until(lambda: (home / "log").read_text().partition("serving on http://")[2].partition("\n")[0], 60)
             yield told
         finally:
             process.send_signal(signal.SIGINT)
@@ -216,6 +216,7 @@ def test_what_goes_wrong_is_said_as_the_client_expects_it(client, square):
         ([good], {"model_name": "hsg", "outputs": [triton.InferRequestedOutput("other")]}, "422"),
         ([good], {"model_name": "hsg", "outputs": [triton.InferRequestedOutput("decision", class_count=2)]}, "422"),
         ([good], {"model_name": "hsg", "sequence_id": 5}, "422"),
+        ([], {"model_name": "hsg"}, "422"),
         ([good], {"model_name": "hsg", "parameters": {"explain": "magic"}}, "422"),
     ):
         with pytest.raises(InferenceServerException) as raised:
@@ -253,6 +254,34 @@ def test_json_is_checked_against_its_shape_and_datatype(app):
 def test_what_is_no_request_is_refused(app, body):
     answer = post(app, body)
     assert answer.status_code == 422 and "error" in answer.json()
+
+
+@pytest.mark.parametrize(
+    "inputs", [[], [{"name": "image", "datatype": "BYTES", "shape": [0], "data": []}],
+               [{"name": "frames", "datatype": "INT64", "shape": [1], "data": [1]}]], ids=["none", "empty", "others"]
+)  # fmt: skip
+def test_a_case_without_an_image_says_what_an_image_is(app, inputs):
+    answer = post(app, json.dumps({"inputs": inputs}).encode())
+    error = answer.json()["error"]
+    assert answer.status_code == 422 and error.startswith("inputs: image is expected")
+    assert "BYTES (N)" in error and "(N, H, W, 3)" in error and "file of the request" not in error
+
+
+def test_outputs_are_binary_only_where_that_is_said(app):
+    def asked(by_default, *own):
+        outputs = [{"name": "probability", "parameters": {"binary_data": each}} for each in own]
+        request = json.loads(pixels_json()) | {"outputs": outputs} if own else json.loads(pixels_json())
+        if by_default is not None:
+            request["parameters"] = {"binary_data_output": by_default}
+        return post(app, json.dumps(request).encode())
+
+    for by_default, own, is_binary in (
+        (None, (), False), (True, (), True), (False, (True,), True), (True, (False,), False), (True, (None,), True),
+    ):  # fmt: skip
+        answer = asked(by_default, *own)
+        assert answer.status_code == 200 and (HEADER_LENGTH in answer.headers) == is_binary, (by_default, own)
+    for by_default, own in (("yes", ()), (None, ("no",)), (1, ()), (None, (0,))):
+        assert asked(by_default, *own).status_code == 422, (by_default, own)
 
 
 def test_binary_sizes_must_add_up(app, square):

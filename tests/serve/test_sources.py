@@ -159,11 +159,10 @@ def config(app_config, storage, client):
 def test_what_was_served_is_served_where_the_registry_is_gone(config, png):
     with TestClient(create_app(config())) as first:
         answer = first.post(PREDICT, content=png).json()
-        assert first.get("/readyz").json()["hsg"]["from"] == "models:/hsg@champion"
+        assert first.get("/statusz").json()["hsg"]["from"] == "models:/hsg@champion"
     with TestClient(create_app(config(NOBODY))) as alone:
-        ready = alone.get("/readyz")
+        ready, state = alone.get("/readyz"), alone.get("/statusz").json()["hsg"]
         assert alone.post(PREDICT, content=png).json() == answer and answer["version"] == "1"
-    state = ready.json()["hsg"]
     assert ready.status_code == 200 and state["versions"] == {"champion": "1"}
     assert state["from"] == "the last good version on this server's disk"
     assert "MLflow does not answer" in state["refused"]["champion"]
@@ -175,7 +174,7 @@ def test_a_broken_champion_at_start_leaves_the_last_good_one(config, client, png
     flip(weights_of(client, 2))
     client.set_registered_model_alias("hsg", "champion", "2")
     with TestClient(create_app(config())) as again:
-        state = again.get("/readyz").json()["hsg"]
+        state = again.get("/statusz").json()["hsg"]
         assert again.post(PREDICT, content=png).json()["version"] == "1"
         refused = [line for line in again.get("/metrics").text.splitlines() if line.startswith("raymed_refused{")]
     assert "models:/hsg/2" in state["refused"]["champion"] and "is damaged" in state["refused"]["champion"]
@@ -189,11 +188,11 @@ def test_a_model_that_was_withdrawn_is_not_served_by_a_new_server(config, client
         models = first.app.state.service.models
         first.portal.call(models.refresh, "hsg")
         assert first.post(PREDICT, content=png).json()["version"] == "1"  # a server that runs goes on
-        assert "no such version" in first.get("/readyz").json()["hsg"]["refused"]["champion"]
+        assert "no such version" in first.get("/statusz").json()["hsg"]["refused"]["champion"]
     with TestClient(create_app(config())) as again:
-        ready = again.get("/readyz")
+        ready, state = again.get("/readyz"), again.get("/statusz").json()["hsg"]
         assert again.post(PREDICT, content=png).status_code == 503
-    assert ready.status_code == 503 and "no such version" in ready.json()["hsg"]["refused"]["champion"]
+    assert ready.status_code == 503 and "no such version" in state["refused"]["champion"]
 
 
 def test_nothing_kept_and_nothing_there(config, png):

@@ -130,12 +130,17 @@ def test_statuses(status, names):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\0" * 1000, b"GIF89a" + b"\0" * 50, b"%!PS-Adobe-3.0 EPSF-3.0", b"<svg/>", b"BM" + b"\0" * 60, b"\x1f\x8b"],
+    [b"\0" * 1000, b"GIF89a" + b"\0" * 50, b"%!PS-Adobe-3.0 EPSF-3.0", b"<svg/>", b"BM" + b"\0" * 60, b"\x1f\x8b"],
 )
 def test_other_kinds_are_not_taken(content):
     refused = problem(content)
     assert refused.status == 415
     assert refused.detail == "files[1]: PNG, JPEG, TIFF, DICOM or NIfTI is expected"
+
+
+def test_a_file_of_nothing_is_said_to_be_empty():
+    refused = problem(b"")
+    assert (refused.status, refused.field, refused.detail) == (422, "files[1]", "files[1]: the file is empty")
 
 
 def test_the_limit_of_pixels_is_exact():

@@ -67,7 +67,9 @@ def alone(manifest, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module", params=sorted(RUNS), ids=lambda world: f"{world} workers")
+@pytest.fixture(
+    scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids=lambda world: f"{world} workers"
+)
 def together(request, manifest, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"workers{request.param}")
     torch.multiprocessing.spawn(worker, args=(request.param, str(manifest), str(folder)), nprocs=request.param)

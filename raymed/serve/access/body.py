@@ -12,8 +12,11 @@ from raymed.serve.problems import Problem, busy
 
 STRANGER = "raymed.stranger"
 """In the scope of a request that nobody vouches for: it may bring little."""
-_STRANGER_BYTES = 64 * 1024
-_SLOWEST = 20_000
+_LITTLE = 64 * 1024
+"""Bytes of a stranger's body, and of one that holds no images."""
+_WITHOUT_IMAGES = ("/v1/jobs",)
+"""Paths, with all below them, whose bodies only say what is to be done."""
+SLOWEST = 20_000
 """Bytes a second that a body brings at least, beside a pause of limits.read_s."""
 _HELD = 16
 """Bodies of the largest size that are in memory at once; what comes then is told to come later."""
@@ -34,7 +37,7 @@ class Body:
         declared = _declared(scope)
         if scope["type"] != "http" or declared == 0:
             return await self.app(scope, receive, send)
-        most = min(_STRANGER_BYTES, self.limits.body_bytes) if STRANGER in scope else self.limits.body_bytes
+        most = min(_LITTLE, self.limits.body_bytes) if _brings_little(scope) else self.limits.body_bytes
         _check(declared or 0, most)
         pieces: list[bytes] = []
         caller = scope.get("caller", "")
@@ -54,7 +57,7 @@ class Body:
         """Whether it came whole: False for a client that has left."""
         size, started = 0, time.perf_counter()
         while True:
-            late = started + self.limits.read_s + size / _SLOWEST - time.perf_counter()
+            late = started + self.limits.read_s + size / SLOWEST - time.perf_counter()
             try:
                 async with asyncio.timeout(min(self.limits.read_s, late)):
                     message = await receive()
@@ -76,10 +79,15 @@ class Body:
 
     def _too_slow(self) -> Problem:
         problem = Problem(
-            408, f"the body paused for {self.limits.read_s:g} s, or brought less than {_SLOWEST} bytes a second"
+            408, f"the body paused for {self.limits.read_s:g} s, or brought less than {SLOWEST} bytes a second"
         )
         problem.headers["Connection"] = "close"
         return problem
+
+
+def _brings_little(scope: Scope) -> bool:
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    return STRANGER in scope or path.startswith(_WITHOUT_IMAGES)
 
 
 def _check(size: int, most: int) -> None:

@@ -4,9 +4,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 from raymed.serve.problems import Problem
+
+asking: ContextVar[str] = ContextVar("asking", default="")
+"""The name of the caller whose request is being answered; "" where nobody needs a token, and of the server itself."""
 
 
 @dataclass
@@ -29,16 +33,18 @@ class Rates:
 
     @contextmanager
     def place(self, name: str) -> Iterator[None]:
-        """Held while a request of a caller is answered. Raises Problem (429), with the time after which to come
-        again."""
+        """Held while a request of a caller is answered, who is then `asking`. Raises Problem (429), with the time after
+        which to come again."""
         bucket = self._buckets[name]
         if bucket.answering >= self.at_once:
             raise Problem(429, f"{self.at_once} requests of yours are being answered already", retry_after=1)
         self._take(bucket)
         bucket.answering += 1
+        before = asking.set(name)
         try:
             yield
         finally:
+            asking.reset(before)
             bucket.answering -= 1
 
     def _take(self, bucket: _Bucket) -> None:

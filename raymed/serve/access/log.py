@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastapi.routing import iter_route_contexts
+from starlette.routing import Match
+
 current: ContextVar[dict[str, Any] | None] = ContextVar("current", default=None)
 """The line of the request that is being answered: what `note` adds to, and `Entry` writes."""
 
@@ -51,5 +54,9 @@ def _place(frame: traceback.FrameSummary) -> str:
 
 
 def described(scope: Mapping[str, Any]) -> str:
-    """The template of the route that a request found, such as /v1/models/{name}; "" where it found none."""
-    return getattr(scope.get("route"), "path", "")
+    """The template of the route that a request found, or would have found had it been let in, such as
+    /v1/models/{name}; "" where there is none."""
+    if "route" in scope:
+        return scope["route"].path
+    routes = iter_route_contexts(scope["app"].routes)
+    return next((route.path or "" for route in routes if route.matches(scope)[0] != Match.NONE), "")

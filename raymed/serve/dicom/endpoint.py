@@ -19,6 +19,7 @@ _STUDY = (400, 409, 413, 415, 422)
 """What is wrong with the study itself, however often it is sent."""
 _WHOLE = (401, 403, 404, 429, 503)
 """What is wrong for every study."""
+_NO_TOKEN = "a valid token is expected in --token-file or RAYMED_NODE_TOKEN; jobs/serve_tokens.py add NAME makes one"
 
 
 class NotNow(Exception):
@@ -63,7 +64,7 @@ class Endpoint:
         from pydicom import dcmread
 
         from raymed.serve.dicom.objects import predecessor, to_bytes
-        from raymed.serve.dicom.provenance import Case
+        from raymed.serve.dicom.provenance import Case, sound
         from raymed.serve.dicom.report import report
         from raymed.serve.handlers import Upload
         from raymed.serve.service import Answer
@@ -73,7 +74,7 @@ class Endpoint:
         answer = Answer(**told, decision=None, reasons=[f"The model has not looked at the images: {reason}"], result={})
         nothing = np.zeros((1, 1), np.uint8)
         headers = [dcmread(file, stop_before_pixels=True) for file in files]
-        case = Case(answer, [Upload(nothing, place, header=header) for place, header in enumerate(headers)])
+        case = Case(answer, sound([Upload(nothing, place, header=header) for place, header in enumerate(headers)]))
         return to_bytes(report(case, predecessor(case.first, before)))
 
     def _send(self, method: str, path: str, **what: Any) -> "httpx.Response":
@@ -94,7 +95,8 @@ class Endpoint:
             return found
         after = found.headers.get("retry-after", "")
         seconds = float(after) if after.isdecimal() else None
-        raise NotNow(f"HTTP {found.status_code}: {_detail(found)}", seconds, found.status_code in _WHOLE)
+        detail = _NO_TOKEN if found.status_code == 401 else _detail(found)
+        raise NotNow(f"HTTP {found.status_code}: {detail}", seconds, found.status_code in _WHOLE)
 
 
 def identity_of_report(content: bytes) -> str:

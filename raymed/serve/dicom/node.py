@@ -124,15 +124,18 @@ class Node:
         try:
             header = header_of(content)
             told = header.get("SOPClassUID"), header.get("SOPInstanceUID")
-            study, sender = header.get("StudyInstanceUID"), event.assoc.requestor.ae_title
+            study, series = header.get("StudyInstanceUID"), header.get("SeriesInstanceUID")
         except Exception:  # a parser raises anything at all on damaged data
             return NOT_UNDERSTOOD
-        if told != (request.AffectedSOPClassUID, request.AffectedSOPInstanceUID) or not study:
+        if told != (request.AffectedSOPClassUID, request.AffectedSOPInstanceUID):
+            return MISMATCH
+        if not all(uid and isinstance(uid, str) for uid in (study, series)):
             return MISMATCH
         if told[0] not in image_classes():
             return NO_SUCH_CLASS
         if is_own(header):  # sent on by an archive that sends on whatever comes
             return STORED
+        sender = event.assoc.requestor.ae_title
         try:
             key = self.queue.add(study, told[1], self.receivers[sender].title, content)
         except (OSError, sqlite3.Error) as error:
@@ -142,7 +145,7 @@ class Node:
         return STORED
 
     def _rejected(self, event: "Event") -> None:
-        log.warning("an association was refused: unknown title, calling or called")
+        log.warning("an association was refused: unknown title, calling or called, or too many at once")
 
     def _repeat(self, work: Callable[[], None]) -> None:
         while not self._stopping.wait(min(0.5, max(0.05, self.quiet / 4))):

@@ -6,7 +6,7 @@ that an archive knows to be the same.
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from raymed.config import UserError
 
 if TYPE_CHECKING:
     from highdicom import ContributingEquipment
-    from pydicom import Dataset
+    from pydicom import DataElement, Dataset
     from pydicom.sr.coding import Code
     from pydicom.uid import UID
 
@@ -138,6 +138,47 @@ def bare(header: "Dataset") -> "Dataset":
     for keyword in _PERSONAL:
         setattr(found, keyword, None)
     return found
+
+
+def damaged(header: "Dataset") -> list[str]:
+    """Which attributes that every result takes over are there and cannot be written as the standard has them."""
+    return [keyword for keyword in _PERSONAL if keyword in header and _element(header, keyword) is None]
+
+
+def sound(images: "Sequence[Upload]") -> "list[Upload]":
+    """The images with what their headers say in the standard's own value representations, without what is damaged."""
+    headers = {id(image.header): _sound(image.header) for image in images if image.header is not None}
+    return [replace(image, header=headers.get(id(image.header))) for image in images]
+
+
+def _sound(header: "Dataset") -> "Dataset":
+    from pydicom import Dataset
+    from pydicom.datadict import keyword_for_tag
+
+    found = Dataset()
+    for keyword in filter(None, map(keyword_for_tag, header.keys())):
+        if (element := _element(header, keyword)) is not None:
+            found.add(element)
+    return found
+
+
+def _element(header: "Dataset", keyword: str) -> "DataElement | None":
+    """An attribute as it can be written; None where it cannot."""
+    from pydicom import DataElement
+    from pydicom.config import IGNORE
+    from pydicom.datadict import dictionary_VR
+    from pydicom.filebase import DicomBytesIO
+    from pydicom.filewriter import write_data_element
+
+    vr, file = dictionary_VR(keyword), DicomBytesIO()
+    file.is_little_endian, file.is_implicit_VR = True, False
+    try:
+        found = header[keyword]
+        element = DataElement(keyword, vr, found.value, validation_mode=IGNORE)
+        write_data_element(file, element, ["utf8"])
+    except Exception:  # readers and writers raise anything at all on values of another kind
+        return None
+    return element if (found.VR == "SQ") == (vr == "SQ") else None
 
 
 def headers_of(images: "Sequence[Upload]") -> "list[Dataset]":

@@ -18,16 +18,8 @@ if TYPE_CHECKING:
 
 LOWEST = 0.5
 """Of the map, what belongs to the segment."""
-_MAY_BE_EMPTY = (
-    "PatientID",
-    "PatientName",
-    "PatientBirthDate",
-    "PatientSex",
-    "AccessionNumber",
-    "StudyID",
-    "StudyDate",
-)
-_MAY_BE_EMPTY += ("StudyTime", "ReferringPhysicianName")
+_PLACED_BY = {"PixelSpacing": 2, "ImagePositionPatient": 3, "ImageOrientationPatient": 6, "SliceThickness": 1}
+"""How many numbers each has."""
 
 
 def segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "Segmentation":
@@ -89,12 +81,22 @@ def _segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "S
     return made
 
 
+def _check_place(header: "Dataset") -> None:
+    """Raises ValueError for what is no place in the patient, and highdicom takes for one."""
+    for keyword, num in _PLACED_BY.items():
+        if header.get(keyword) not in (None, ""):
+            values = np.atleast_1d(np.array(header[keyword].value, float))
+            if len(values) != num or not np.isfinite(values).all() or (keyword == "PixelSpacing" and values.min() <= 0):
+                raise ValueError(keyword)
+
+
 def _whole(header: "Dataset") -> "Dataset":
     """The header with what highdicom takes for granted: one frame with functional groups, where the object might have
     had several."""
     from highdicom import PixelMeasuresSequence
     from pydicom import Dataset
 
+    _check_place(header)
     whole = bare(header)
     if "NumberOfFrames" not in whole:
         whole.NumberOfFrames = 1

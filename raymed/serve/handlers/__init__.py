@@ -30,12 +30,13 @@ from importlib.util import find_spec
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.data.readers import Window
+from raymed.serve.described import Described
 
 T = TypeVar("T")
 Decision = Literal["positive", "negative", "abstain"]
@@ -93,7 +94,7 @@ def example_image(size: int) -> Upload:
     return Upload((255 * ramp).astype(np.uint8))
 
 
-class Fields(BaseModel):
+class Fields(Described):
     """What a request may say beside its files."""
 
     model_config = ConfigDict(extra="forbid")
@@ -108,7 +109,7 @@ class Fields(BaseModel):
         return [frames] if isinstance(frames, str | int) else frames
 
 
-class Result(BaseModel):
+class Result(Described):
     """What every answer says; a kind's own has more. Answers that decide nothing have no decision."""
 
     decision: Decision | None = None
@@ -126,7 +127,8 @@ class Handler(Protocol):
     bundle: Bundle
     networks: Mapping[str, Network]
     modules: Sequence[nn.Module]
-    """What hardware.compile compiles: each takes one batch, of images of one size. Networks call them."""
+    """What is folded (`raymed.models.folding`) and, with hardware.compile, compiled: each takes one batch, of images of
+    one size, and gives a tensor. The network "image" calls each once."""
     window: Window | None
     """(center, width) that DICOM and NIfTI are read with."""
 

@@ -3,19 +3,19 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel
 from torch import Tensor
 
 from raymed.bundle import Bundle
 from raymed.config import check_choice
 from raymed.serve import handlers
+from raymed.serve.described import Described
 from raymed.serve.explain import Explainer, ExplainFields, Explanation
 from raymed.serve.handlers import Ask, Decision, Prepared, Upload, ask_all, example_image
 from raymed.tasks.golden import golden_values
 from raymed.tasks.predictor import CasePrediction, Prediction, Predictor
 
 
-class ImageResult(BaseModel):
+class ImageResult(Described):
     """Of one image of the case."""
 
     file: int

@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, Field
+from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 from torch import Tensor
 from torch.nn import functional as F
@@ -25,6 +25,7 @@ from raymed.bundle import Bundle
 from raymed.config import check_choice
 from raymed.metrics.zero_shot import class_embeddings, class_probabilities
 from raymed.serve import handlers
+from raymed.serve.described import Described
 from raymed.serve.handlers import Ask, Prepared, Upload, ask_all, example_image
 from raymed.serve.problems import Problem
 from raymed.tasks.embedder import Embedder
@@ -82,7 +83,7 @@ class ClipFields(handlers.Fields):
     """Of retrieve: how many of the nearest."""
 
 
-class Match(BaseModel):
+class Match(Described):
     """An entry of the index."""
 
     rank: int
@@ -95,7 +96,7 @@ class Match(BaseModel):
     """The first 16 hexadecimal digits of the sha256 of the image's pixels."""
 
 
-class ImageAnswer(BaseModel):
+class ImageAnswer(Described):
     """Of one image."""
 
     file: int
@@ -115,7 +116,7 @@ class ImageAnswer(BaseModel):
     matches: list[Match] | None = None
 
 
-class TextAnswer(BaseModel):
+class TextAnswer(Described):
     """Of one text."""
 
     text: int
@@ -193,7 +194,7 @@ class Handler:
     def _check(self, images: Sequence[Prepared], fields: ClipFields) -> None:
         """Raises Problem (422) for a task without what it needs, or with what has nothing to do with it."""
         if fields.task == "zero_shot":
-            _expect(bool(images), "files", "zero_shot needs an image: a file of the request")
+            _expect(bool(images), "files", "zero_shot needs an image")
             _expect(fields.prompts is not None, "prompts", 'zero_shot needs {"class": ["a sentence", ...], ...}')
             _expect(not fields.texts, "texts", "zero_shot takes its sentences from prompts")
             return

@@ -14,8 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel
-
+from raymed.serve.described import Described
 from raymed.serve.live import Origin
 
 State = Literal["queued", "running", "succeeded", "failed", "cancelled"]
@@ -30,7 +29,7 @@ _WAIT_S = 10.0
 """For another process that writes."""
 
 
-class Job(BaseModel):
+class Job(Described):
     """What its owner is told of a job."""
 
     id: str

@@ -30,7 +30,7 @@ from raymed.serve.contract import check_contract
 from raymed.serve.dicom.classes import image_classes
 from raymed.serve.dicom.multipart import DICOM, read_related, write_related
 from raymed.serve.dicom.objects import KINDS, Kind, objects, predecessor, to_bytes
-from raymed.serve.dicom.provenance import Case, is_own
+from raymed.serve.dicom.provenance import Case, damaged, is_own, sound
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.problems import Problem, documented
 from raymed.serve.routes.predict import plain_fields
@@ -85,11 +85,13 @@ def router(service: Service) -> APIRouter:
 
 @dataclass(frozen=True)
 class _Instance:
-    """What came. header: empty where it cannot be read. failure: reason why it is left out, or 0."""
+    """What came. header: empty where it cannot be read. failure: reason why it is left out, or 0. lacks: the UID that
+    an image is not named by."""
 
     content: bytes
     header: "Dataset"
     failure: int
+    lacks: str = ""
 
 
 async def _answer(service: Service, name: str, request: Request, study: str = "") -> Response:
@@ -104,7 +106,7 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
         raise Problem(409, "the instances are of another study than the address says", field="study")
     used = [each for each in instances if not each.failure]
     if not used:
-        raise Problem(422, "DICOM images are expected: no instance is one", field="body")
+        raise _nothing(instances)
     if len({each.header.StudyInstanceUID for each in used}) > 1:
         raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
     if accept == DICOM and set(kinds) != {"report"}:
@@ -129,6 +131,15 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     return Response(body, headers={"Content-Type": kind})
 
 
+def _nothing(instances: Sequence[_Instance]) -> Problem:
+    """There is no instance to ask about."""
+    for place, each in enumerate(instances):
+        if each.lacks:
+            field = f"files[{place}].{each.lacks}"
+            return Problem(422, f"{field}: a UID is expected, since results name their images", field=field)
+    return Problem(422, "DICOM images are expected: no instance is one", field="body")
+
+
 async def _asked(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
     first = used[0].header
     patient = str(first.get("PatientID") or first.StudyInstanceUID)
@@ -150,8 +161,12 @@ async def _explained(service: Service, name: str, used: Sequence[_Instance], fie
 
 
 def _results(answered: Answered, kinds: Sequence[Kind], before: str) -> list[bytes]:
+    for image in answered.images:
+        for keyword in damaged(image.header):
+            field = f"files[{image.file}].{keyword}"
+            raise Problem(422, f"{field}: a value as the standard has it is expected, for the results", field=field)
     handler = answered.handler
-    case = Case(answered.answer, answered.images, handler.about().get("positive"))
+    case = Case(answered.answer, sound(answered.images), handler.about().get("positive"))
     preprocess = from_dict(Preprocess, handler.bundle.preprocess)
     return [to_bytes(made) for made in objects(case, kinds, preprocess, predecessor(case.first, before))]
 
@@ -174,10 +189,10 @@ def _instance(content: bytes) -> _Instance:
         check_transfer_syntax(content)
         header = dcmread(Counted(content), stop_before_pixels=True, specific_tags=list(_TAGS))
         is_image = header.SOPClassUID in image_classes() and not is_own(header)
-        is_named = all(header.get(name) and isinstance(header.get(name), str) for name in _UIDS)
+        lacks = next((name for name in _UIDS if not (header.get(name) and isinstance(header.get(name), str))), "")
     except Exception:  # a parser raises anything at all on damaged data
         return _Instance(content, Dataset(), _NOT_UNDERSTOOD)
-    return _Instance(content, header, 0 if is_image and is_named else _REFUSED)
+    return _Instance(content, header, 0 if is_image and not lacks else _REFUSED, lacks if is_image else "")
 
 
 def _fits(header: "Dataset", handler: Handler) -> bool:

@@ -10,7 +10,7 @@ OPEN = ("/healthz", "/readyz")
 
 
 def router(service: Service) -> APIRouter:
-    """GET /healthz, /readyz, /metrics."""
+    """GET /healthz, /readyz, /statusz, /metrics."""
     routes = APIRouter(tags=["health"])
 
     @routes.get("/healthz")
@@ -20,11 +20,16 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/readyz", responses={503: {"description": "a model is not loaded, or the server is ending"}})
     async def ready(response: Response) -> dict[str, Any]:
-        """Every model is loaded; which versions, and which were refused and why."""
+        """Every model is loaded; which versions, and by which alias one was refused."""
         state = service.models.state()
         are_ready = all(model["ready"] for model in state.values()) and not service.draining
         response.status_code = 200 if are_ready else 503
-        return state
+        return {name: _without_places(model) for name, model in state.items()}
+
+    @routes.get("/statusz")
+    async def status() -> dict[str, Any]:
+        """The same of every model, with where it comes from, and why a version was refused."""
+        return service.models.state()
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
@@ -32,3 +37,8 @@ def router(service: Service) -> APIRouter:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return routes
+
+
+def _without_places(model: dict[str, Any]) -> dict[str, Any]:
+    """What anybody may know: neither paths nor messages, which may name some."""
+    return {"ready": model["ready"], "versions": model["versions"], "refused": list(model["refused"])}

@@ -14,23 +14,19 @@ that is added needs nothing here. A request that names no outputs gets those tha
 """
 
 import json
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version as installed
 from typing import Any
 
 import numpy as np
 from fastapi import APIRouter, Request, Response
-from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
-from fastapi.routing import APIRoute
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ConfigDict, Field, StrictBool, ValidationError
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
 
-from raymed.config import UserError
+from raymed.serve.described import Described
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.live import Live
-from raymed.serve.problems import Problem, of_validation, problem_of
+from raymed.serve.problems import OIP, OipError, Problem, of_validation
 from raymed.serve.routes.predict import PATIENT, plain_fields
 from raymed.serve.service import Answer, Service
 from raymed.serve.tensor_forms import Form, input_forms, output_forms
@@ -41,19 +37,29 @@ OPEN = ("/v2/health/live", "/v2/health/ready")
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """Of requests and answers with binary data: bytes of the JSON that they begin with."""
 IMAGE, IMAGE_DATATYPES = "image", ("BYTES", "UINT8", "UINT16", "FP32")
-_HINTS = ("binary_data_output", "priority", "timeout")
+_IMAGE_FORMS = "BYTES (N): files; or UINT8, UINT16 or FP32 (N, H, W), (N, H, W, 1) or (N, H, W, 3): pixels"
+_BINARY = "binary_data_output"
+_HINTS = (_BINARY, "priority", "timeout")
 """Parameters of a request that are no fields of a model; only the first is heeded."""
 
 
-class OutputAsked(BaseModel):
+class OutputParameters(Described):
+    """How an output comes."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    binary_data: StrictBool | None = None
+    """As bytes after the JSON; null: as binary_data_output says."""
+
+
+class OutputAsked(Described):
     """An output that a request wants."""
 
     name: str
-    parameters: dict[str, Any] = {}
-    """binary_data: whether it comes as bytes after the JSON."""
+    parameters: OutputParameters = OutputParameters()
 
 
-class InferRequest(BaseModel):
+class InferRequest(Described):
     """The JSON of a request."""
 
     id: str | None = Field(default=None, max_length=1024)
@@ -65,7 +71,7 @@ class InferRequest(BaseModel):
     """Those that are wanted; none = all that hold something."""
 
 
-class InferResponse(BaseModel):
+class InferResponse(Described):
     """The JSON of an answer."""
 
     model_name: str
@@ -76,36 +82,11 @@ class InferResponse(BaseModel):
     outputs: list[TensorOut]
 
 
-class OipError(BaseModel):
-    """Of the protocol."""
-
-    error: str
-
-
-class _Route(APIRoute):
-    """Answers problems as the protocol does."""
-
-    def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:
-        """See FastAPI."""
-        handle = super().get_route_handler()
-
-        async def handled(request: Request) -> Response:
-            try:
-                return await handle(request)
-            except RequestValidationError as error:
-                problem = of_validation(error.errors())
-            except (Problem, UserError, HTTPException) as error:
-                problem = problem_of(error)
-            return JSONResponse({"error": problem.detail}, problem.status, headers=problem.headers)
-
-        return handled
-
-
 def router(service: Service) -> APIRouter:
     """/v2/..."""
     errors: dict[int | str, dict[str, Any]] = {status: {"model": OipError} for status in (404, 503)}
     refusals: dict[int | str, dict[str, Any]] = errors | {s: {"model": OipError} for s in (413, 415, 422, 429)}
-    routes = APIRouter(prefix="/v2", tags=["open inference protocol"], route_class=_Route)
+    routes = APIRouter(prefix=OIP, tags=["open inference protocol"])
 
     @routes.get("")
     async def server() -> dict[str, Any]:
@@ -203,16 +184,18 @@ def _read(
     for place, tensor in enumerate(asked.inputs):
         if tensor.name != IMAGE and tensor.name not in forms:
             where = f"inputs.{place}.name"
-            raise Problem(422, f"{where}: {', '.join([IMAGE, *forms])} are expected", field=where)
+            raise Problem(422, f"{where}: one of {', '.join([IMAGE, *forms])} is expected", field=where)
     if set(asked.parameters) - {*forms, *_HINTS}:
-        raise Problem(422, f"parameters: {', '.join([*forms, *_HINTS])} are expected", field="parameters")
+        raise Problem(422, f"parameters: at most {', '.join([*forms, *_HINTS])} are expected", field="parameters")
     known = output_forms(handler.Result)
     if any(output.name not in known for output in asked.outputs):
-        raise Problem(422, f"outputs: {', '.join(known)} are expected", field="outputs")
-    if any(set(output.parameters) - {"binary_data"} for output in asked.outputs):
-        raise Problem(422, "outputs: of parameters, binary_data is expected at most", field="outputs")
+        raise Problem(422, f"outputs: names among {', '.join(known)} are expected", field="outputs")
+    if not isinstance(asked.parameters.get(_BINARY, False), bool):
+        raise Problem(422, f"parameters: {_BINARY} is expected to be true or false", field="parameters")
     datatype = next((tensor.datatype for tensor in asked.inputs if tensor.name == IMAGE), "BYTES")
     images = _images(tensors.pop(IMAGE), datatype, service) if IMAGE in tensors else []
+    if not images and handler.needs_image:
+        raise Problem(422, f"inputs: {IMAGE} is expected, of {_IMAGE_FORMS}", field="inputs")
     fields = {name: _plain_value(name, array) for name, array in tensors.items()}
     return asked, images, _parameters(asked.parameters) | fields
 
@@ -242,7 +225,7 @@ def _images(tensor: np.ndarray, datatype: str, service: Service) -> list[File | 
     """Files, or images that need no decoding. Raises Problem (413, 422, 503)."""
     limits = service.config.limits
     if datatype not in IMAGE_DATATYPES:
-        raise Problem(422, f"{IMAGE}: {', '.join(IMAGE_DATATYPES)} are expected", field=IMAGE)
+        raise Problem(422, f"{IMAGE}: one of {', '.join(IMAGE_DATATYPES)} is expected", field=IMAGE)
     if len(tensor.shape) and len(tensor) > limits.files:
         raise Problem(413, f"{IMAGE}: at most {limits.files} make a case", field=IMAGE)
     if datatype == "BYTES":
@@ -282,12 +265,12 @@ def _plain_value(name: str, array: np.ndarray) -> Any:
 
 def _response(asked: InferRequest, answer: Answer, forms: dict[str, Form]) -> Response:
     said = answer.result | {"decision": answer.decision, "reasons": answer.reasons}
-    everything_binary = asked.parameters.get("binary_data_output") is True
+    by_default = asked.parameters.get(_BINARY, False)
     if asked.outputs:
-        wanted = [(forms[each.name], each.parameters.get("binary_data", everything_binary)) for each in asked.outputs]
-        arrays = [(form, form.array(said), bool(binary)) for form, binary in wanted]
+        wanted = [(forms[each.name], each.parameters.binary_data) for each in asked.outputs]
+        arrays = [(form, form.array(said), by_default if binary is None else binary) for form, binary in wanted]
     else:
-        arrays = [(form, form.array(said), everything_binary) for form in forms.values()]
+        arrays = [(form, form.array(said), by_default) for form in forms.values()]
         arrays = [(form, array, binary) for form, array, binary in arrays if not form.is_missing(array)]
     outputs = [written(form.name, form.datatype, array, binary) for form, array, binary in arrays]
     described = {

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request, Response
 from python_multipart.multipart import parse_options_header
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from raymed.serve.config import Limits
@@ -25,26 +26,10 @@ from raymed.serve.uploads import File
 PATIENT = "X-Patient"
 """Header with whatever names the patient to the sender, so that he is always answered by one version; it is hashed."""
 FIELDS, FIELD_BYTES = 64, 2**18
-_VALUES = 100_000
 """Of a request: how many, and how long one may be."""
-BODIES = {
-    "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
-    "multipart/form-data": {
-        "schema": {
-            "type": "object",
-            "properties": {"file": {"type": "array", "items": {"type": "string", "format": "binary"}}},
-            "additionalProperties": {"type": "string"},
-        }
-    },
-    "application/json": {
-        "schema": {
-            "type": "object",
-            "properties": {"files": {"type": "array", "items": {"type": "string", "format": "byte"}}},
-            "additionalProperties": True,
-        }
-    },
-}
-"""For the description of the interface. What else a body may say is a model's own: GET /v1/models/NAME, fields."""
+_VALUES = 100_000
+"""Of a request in JSON, files included."""
+_NO_FILE = "a file is expected: as the body, or several as parts of multipart/form-data, or in base64 in JSON's files"
 _FIELD = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 """What a field may be called: problems repeat it."""
 
@@ -58,22 +43,24 @@ def router(service: Service) -> APIRouter:
         """Every model that is loaded: where it comes from and what it answers."""
         return [about(service, name) for name, state in service.models.state().items() if state["ready"]]
 
+    @routes.post("/{name}:predict", response_model=Answer, responses=documented(404, 408, 413, 415, 422, 429, 503))
+    async def predict(name: str, request: Request) -> Response:
+        """One answer for the files of one case."""
+        files, fields = await read_request(request, service.config.limits)
+        if not files and service.models.get(name).handler.needs_image:
+            raise Problem(422, _NO_FILE, field="files")
+        answer = await service.predict(name, files, fields, request.headers.get(PATIENT, ""))
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @routes.get("/{name}:predict", include_in_schema=False)
+    async def unread(name: str) -> None:
+        """Told apart from the model NAME:predict, which there is not."""
+        raise HTTPException(405, headers={"Allow": "POST"})
+
     @routes.get("/{name}", responses=documented(404, 503))
     async def model(name: str) -> dict[str, Any]:
         """One of them."""
         return about(service, name)
-
-    @routes.post(
-        "/{name}:predict",
-        response_model=Answer,
-        responses=documented(404, 408, 413, 415, 422, 429, 503),
-        openapi_extra={"requestBody": {"content": BODIES}},
-    )
-    async def predict(name: str, request: Request) -> Response:
-        """One answer for the files of one case."""
-        files, fields = await read_request(request, service.config.limits)
-        answer = await service.predict(name, files, fields, request.headers.get(PATIENT, ""))
-        return Response(answer.model_dump_json(), media_type="application/json")
 
     return routes
 

@@ -108,6 +108,8 @@ def _decode(
 
 def _opened(content: bytes) -> Images:
     """The file's images, its header found to be sound."""
+    if not content:
+        raise Problem(422, "the file is empty")
     file = io.BytesIO(content)
     kind = kind_of(file)
     if not kind:

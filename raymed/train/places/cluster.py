@@ -6,12 +6,14 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from raymed.config import UserError
+from raymed.train.places.growth import Growth, growth
 
 DRIVER = "raymed_driver"
 """Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
@@ -34,6 +36,7 @@ _ENVIRONMENT = {
 
 _SETTINGS = ("AWS_", "MLFLOW_", "RAYMED_", "GLOO_", "NCCL_")  # names of variables that follow the work to every node
 _OF_A_NODE = ("RAYMED_LOCAL",)  # where its own disk is; whoever has none of these gets the driver's
+_IN_USE = "the rest is in use by other work on this cluster"
 _RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
 
@@ -128,10 +131,12 @@ def fetched(reference: Any) -> Any:
 
 
 def gpus_of(device: str) -> int:
-    """GPUs of one worker: one where compute.device is cuda, or auto and the cluster has any. Needs a connected Ray."""
-    import ray
-
-    return int(device == "cuda" or (device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1))
+    """GPUs of one worker: one where compute.device is cuda, or auto and the cluster has any or could add one. Needs a
+    connected Ray."""
+    if device != "auto":
+        return int(device == "cuda")
+    live = _live()
+    return int(any(node.get("GPU", 0) >= 1 for node in [*live, *growth(live).best(lambda node: node.get("GPU", 0))]))
 
 
 def gpu_share(trainings: int) -> float:
@@ -151,7 +156,7 @@ def require(
     at_most: int | None = None,
     advice: str,
 ) -> int:
-    """How many trainings the cluster can run at a time, at most `at_most`.
+    """How many trainings the cluster can run at a time, at most `at_most`, with the nodes that it could add.
 
     A training has `workers` workers, each with so many CPUs, GPUs and bytes of memory on one node, and a driver, which
     takes so much of the resource "raymed_driver" where the cluster has it, and else of a node's CPUs.
@@ -159,21 +164,35 @@ def require(
     Raises UserError when that is below `at_least`, where Ray would wait without a word. What is in use by others now is
     counted as free: a line says so where it has to be waited for.
     """
-    import ray
-
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    live = _live()
+    more = growth(live)
     needs = {"CPU": cpus, "GPU": gpus, "memory": memory}
+    nodes = [*live, *more.best(lambda node: _slots(node, needs))]
     fits = _room(nodes, needs, workers, driver)
     if fits < at_least:
-        have = " and ".join(_resources(node, memory, driver) for node in nodes)
+        have = " and ".join(_resources(node, memory, driver) for node in live)
         alone = {kind: _room(nodes, {kind: need}, workers, 0) for kind, need in needs.items() if need}
         short = [f"its {kind} is enough for {room}" for kind, room in alone.items() if room < at_least]
         raise UserError(
             f"this needs {at_least} x {_needed(needs, workers, driver)} at a time, and the cluster has {have} on "
-            f"{len(nodes)} node(s) ({', '.join(short) or 'no node has enough of all at once'}): {advice}"
+            f"{len(live)} node(s){_told(more)} ({', '.join(short) or 'no node has enough of all at once'}): {advice}"
         )
-    _tell_of_waiting({kind: at_least * workers * need for kind, need in needs.items()})
+    _tell_of_waiting({kind: at_least * workers * need for kind, need in needs.items()}, more)
     return fits if at_most is None else min(fits, at_most)
+
+
+def _live() -> list[dict[str, float]]:
+    """Resources of the live nodes."""
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _told(more: Growth) -> str:
+    """What may come, in words, kind by kind; nothing where nothing may."""
+    kinds = Counter(_resources(node, 0, 0) for node in more.nodes)
+    shown = " or ".join(f"{min(count, more.most)} of {kind}" for kind, count in kinds.items())
+    return f", and may get {more.most} more: {shown}" if more.most else ""
 
 
 def _room(nodes: Sequence[Mapping[str, float]], needs: Mapping[str, float], workers: int, driver: float) -> int:
@@ -228,7 +247,7 @@ def _resources(node: Mapping[str, float], memory: float, driver: float) -> str:
     return f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs{gigabytes}{drivers}"
 
 
-def _tell_of_waiting(needs: Mapping[str, float]) -> None:
+def _tell_of_waiting(needs: Mapping[str, float], more: Growth) -> None:
     """Say so where the least that is needed is not free now. What has just ended is free a moment later."""
     import ray
 
@@ -237,6 +256,7 @@ def _tell_of_waiting(needs: Mapping[str, float]) -> None:
         if time.monotonic() > until:
             free, total = ray.available_resources(), ray.cluster_resources()
             shown = ", ".join(f"{free.get(k, 0):g} of {total.get(k, 0):g} {k}" for k in sorted(lacking))
-            print(f"waiting: only {shown} is free now, the rest is in use by other work on this cluster", flush=True)
+            rest = f"this cluster may start {more.most} more node(s)" if more.most else _IN_USE
+            print(f"waiting: only {shown} is free now, {rest}", flush=True)
             return
         time.sleep(0.1)

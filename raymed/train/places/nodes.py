@@ -10,7 +10,7 @@ import shlex
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,21 +146,28 @@ def _ask(look: Callable[..., T], patience: float, *arguments: Any) -> dict[str, 
     asked = {}
     for node in _nodes():
         strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-        name = f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
-        asked[remote.options(scheduling_strategy=strategy).remote(*arguments)] = name
+        asked[remote.options(scheduling_strategy=strategy).remote(*arguments)] = node
     done, late = ray.wait(list(asked), num_returns=len(asked), timeout=patience)
-    amiss = [f"  node {asked[reference]}: no answer within {patience:g} s" for reference in late]
+    amiss = [f"  node {_name(asked[reference])}: no answer within {patience:g} s" for reference in late]
     answers = {}
     for reference in late:
         ray.cancel(reference, force=True)
     for reference in done:
+        node = asked[reference]
         try:
-            answers[asked[reference]] = ray.get(reference)
+            answers[_name(node)] = ray.get(reference)
         except RayError as error:
-            amiss.append(f"  node {asked[reference]}: {_cause(error)}")
+            if node["NodeID"] in {
+                other["NodeID"] for other in _nodes()
+            }:  # an autoscaler may have taken an idle one away
+                amiss.append(f"  node {_name(node)}: {_cause(error)}")
     if amiss:
         raise UserError("\n".join(["not every node of this cluster can be asked:", *amiss]))
     return answers
+
+
+def _name(node: Mapping[str, Any]) -> str:
+    return f"{node['NodeManagerAddress']} ({node['NodeManagerHostname']}, {node['NodeID'][:8]})"
 
 
 def _cause(error: Exception) -> str:

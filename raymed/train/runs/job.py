@@ -20,6 +20,7 @@ from raymed.report.summary import write_summary
 from raymed.storage import Mirror, address, local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.recipe import Recipe
 from raymed.tracking.outbox import Outbox
+from raymed.train.places.metrics import Shown
 from raymed.train.places.processes import as_launched, driving, follow, launched
 from raymed.train.places.signals import stop_asked
 from raymed.train.plans.estimate import StepCost
@@ -145,6 +146,7 @@ class Job:
             if self.mirror:
                 self.mirror.follow(pulled=["**/tracking.jsonl"])  # of workers on other nodes
             self.stack.enter_context(SystemMetrics(Outbox(self.folder / "tracking.jsonl")))
+            self.stack.enter_context(Shown(self.name, lambda: self.children))
             self.is_started = True
 
     def go_on(self) -> None:

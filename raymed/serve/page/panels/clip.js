@@ -156,7 +156,7 @@ const match = ({ caption, cosine, row }) =>
   h(
     "li",
     {},
-    h("div", {}, caption || "without a caption"),
+    h("div", { class: "match-text" }, caption || "without a caption"),
     h("div", { class: "number" }, `cosine ${decimals(cosine)}, row ${row}`),
   );
 

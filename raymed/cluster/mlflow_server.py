@@ -1,0 +1,136 @@
+"""MLflow on a machine that may go: its database is taken from the storage, and brought there while it runs.
+
+    python -m raymed.cluster.mlflow_server --folder mlflow --port 5000
+
+The variables RAYMED_HOME (the storage), MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say the rest. Models and
+files go to STORAGE/mlflow/artifacts at once, the database to STORAGE/mlflow/mlflow.db every minute and at the end
+(SIGTERM): a machine that is lost without a word takes a minute of figures with it. Users are made anew at each start.
+"""
+
+import os
+import secrets
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from raymed.config import UserError, check_range
+from raymed.storage.locations import exists, join, read_bytes, write_bytes
+
+DATABASE = "mlflow.db"
+_KEPT = "mlflow"
+
+
+@dataclass(frozen=True)
+class MlflowConfig:
+    """Where MLflow listens and works.
+
+    folder: of its database while it runs; on a disk of this machine.
+    host: 127.0.0.1 for this machine alone; 0.0.0.0 for a network that nobody from outside gets into.
+    copy_s: seconds between two copies of the database.
+    """
+
+    folder: str = "mlflow"
+    host: str = "127.0.0.1"
+    port: int = 5000
+    copy_s: float = 60.0
+
+    def __post_init__(self) -> None:
+        check_range("port", self.port, 1, 65535)
+        check_range("copy-s", self.copy_s, 0, low_open=True)
+
+
+def take_back(folder: Path, storage: str) -> bool:
+    """Put the kept database into the folder, if there is one and the folder has none. Whether that was done."""
+    kept = join(storage, _KEPT, DATABASE)
+    if (folder / DATABASE).exists() or not exists(kept):
+        return False
+    (folder / DATABASE).write_bytes(read_bytes(kept))
+    return True
+
+
+def keep(folder: Path, storage: str) -> None:
+    """Bring the database to the storage as it is between two transactions, whoever writes meanwhile."""
+    with TemporaryDirectory(dir=folder) as scratch:
+        copy = Path(scratch) / DATABASE
+        with closing(sqlite3.connect(folder / DATABASE)) as source, closing(sqlite3.connect(copy)) as target:
+            source.backup(target)
+        write_bytes(join(storage, _KEPT, DATABASE), copy.read_bytes())
+
+
+def run(config: MlflowConfig) -> str:
+    """Serve until SIGTERM, or until MLflow ends by itself. Raises UserError for what is missing."""
+    storage = _variable("RAYMED_HOME")
+    folder = Path(config.folder).expanduser().absolute()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if take_back(folder, storage):
+        print(f"took back {DATABASE} from {storage}", flush=True)
+    stop = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    with TemporaryDirectory(prefix="mlflow-") as private:  # users: of this start alone
+        server = subprocess.Popen(_command(config, folder, storage), env=_environment(Path(private)))
+        try:
+            _bring_while_running(server, stop, config.copy_s, folder, storage)
+        finally:
+            server.terminate()
+            server.wait()
+            if (folder / DATABASE).exists():
+                keep(folder, storage)
+    if not stop.is_set():
+        raise UserError(f"MLflow ended by itself with exit code {server.returncode}: what it said stands above")
+    return f"{DATABASE} is in {storage}"
+
+
+def _bring_while_running(
+    server: subprocess.Popen, stop: threading.Event, copy_s: float, folder: Path, storage: str
+) -> None:
+    changed = None
+    while not stop.wait(min(copy_s, 1.0)) and server.poll() is None:
+        now = _state(folder)
+        if now == changed or stop.wait(copy_s):
+            continue
+        try:
+            keep(folder, storage)
+            changed = now
+        except (OSError, UserError, sqlite3.Error) as error:
+            print(f"{DATABASE} was not copied ({error}): trying again", file=sys.stderr, flush=True)
+
+
+def _state(folder: Path) -> list[int]:
+    """Differs when anything was written: also to the journal that sqlite keeps beside."""
+    return [path.stat().st_mtime_ns for path in sorted(folder.glob(f"{DATABASE}*"))]
+
+
+def _command(config: MlflowConfig, folder: Path, storage: str) -> list[str]:
+    words = [sys.executable, "-m", "mlflow", "server", "--app-name=basic-auth", "--workers=1"]
+    words += [f"--host={config.host}", f"--port={config.port}", f"--backend-store-uri=sqlite:///{folder / DATABASE}"]
+    # Whoever asks must know the password; by what name it is asked does not matter.
+    return [*words, f"--artifacts-destination={storage.rstrip('/')}/{_KEPT}/artifacts", "--allowed-hosts=*"]
+
+
+def _environment(private: Path) -> dict[str, str]:
+    settings = private / "auth.ini"
+    lines = ["[mlflow]", "default_permission = READ", f"database_uri = sqlite:///{private / 'auth.db'}"]
+    lines += [f"admin_username = {_variable('MLFLOW_TRACKING_USERNAME')}"]
+    lines += ["authorization_function = mlflow.server.auth:authenticate_request_basic_auth"]
+    settings.write_text("\n".join(lines) + "\n")
+    own = {"MLFLOW_AUTH_CONFIG_PATH": str(settings), "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32)}
+    own["MLFLOW_AUTH_ADMIN_PASSWORD"] = _variable("MLFLOW_TRACKING_PASSWORD")
+    return {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"} | own
+
+
+def _variable(name: str) -> str:
+    if not (value := os.environ.get(name)):
+        raise UserError(f"{name} is not set: MLflow's server takes its storage, user and password from the environment")
+    return value
+
+
+if __name__ == "__main__":
+    from raymed.registry.command import command
+
+    command(MlflowConfig, run)

@@ -1,0 +1,111 @@
+"""What Prometheus and Grafana need to watch the cluster that is up: one folder.
+
+    python -m raymed.cluster.monitoring FOLDER
+
+    prometheus.yml      asks Ray which nodes there are, and the server of models, with their tokens
+    grafana/            a data source and the board, as Grafana reads them when it starts
+    boards/             the board (cluster/monitoring/boards/raymed.json)
+
+The programs are the user's own. Both listen on 127.0.0.1 as they are started below; Prometheus must reach the nodes.
+"""
+
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlparse
+
+import tyro
+
+from raymed.cluster import state
+from raymed.cluster.state import Cluster, write_private
+from raymed.config import UserError, check_range
+
+TOKEN = "RAYMED_SERVE_TOKEN"
+"""Environment variable that has a token of the server of models."""
+SOURCE = Path(__file__).resolve().parents[2] / "cluster" / "monitoring"
+
+
+@dataclass(frozen=True)
+class Monitoring:
+    """Where it is written, and where the programs will listen."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """Is made, and may be there from the time before."""
+    prometheus_port: int = 9090
+    grafana_port: int = 3000
+
+    def __post_init__(self) -> None:
+        check_range("prometheus_port", self.prometheus_port, 1, 65535)
+        check_range("grafana_port", self.grafana_port, 1, 65535)
+
+
+def write(config: Monitoring, cluster: Cluster) -> list[str]:
+    """Write the folder for a cluster. Returns the commands that start the programs.
+
+    Raises UserError where the cluster has no dashboard that can be asked, or the folder cannot be written.
+    """
+    folder = config.folder.absolute()
+    try:
+        shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
+        _change(folder / "prometheus.yml", lambda content: _prometheus(content, cluster, folder))
+        url = f"http://127.0.0.1:{config.prometheus_port}"
+        _change(folder / "grafana/datasources/raymed.yaml", lambda content: content["datasources"][0].update(url=url))
+        boards = str(folder / "boards")
+        _change(
+            folder / "grafana/dashboards/raymed.yaml",
+            lambda content: content["providers"][0]["options"].update(path=boards),
+        )
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error}): give another folder") from None
+    return [
+        f"prometheus --config.file={folder}/prometheus.yml --storage.tsdb.path={folder}/data "
+        f"--web.listen-address=127.0.0.1:{config.prometheus_port}",
+        f"GF_PATHS_PROVISIONING={folder}/grafana GF_SERVER_HTTP_ADDR=127.0.0.1 "
+        f"GF_SERVER_HTTP_PORT={config.grafana_port} grafana server --homepath /usr/share/grafana",
+    ]
+
+
+def _prometheus(content: dict[str, Any], cluster: Cluster, folder: Path) -> None:
+    """This cluster's addresses and tokens in place of the usual ones."""
+    ray, serve = content["scrape_configs"]
+    dashboard = cluster.addresses.get("dashboard")
+    if dashboard is None:
+        raise UserError(f"the cluster on {cluster.provider} has no dashboard here that could say which nodes it has")
+    [discovery] = ray["http_sd_configs"]
+    discovery["url"] = f"{dashboard}/api/prometheus/sd"
+    discovery["authorization"]["credentials_file"] = cluster.environment["RAY_AUTH_TOKEN_PATH"]
+    address = urlparse(cluster.addresses.get("serve", "http://127.0.0.1:8000"))
+    serve["static_configs"] = [{"targets": [address.netloc]}]
+    serve["scheme"] = address.scheme
+    token = folder / "serve.token"
+    if os.environ.get(TOKEN) or not token.is_file():  # one that is there was put there by hand
+        write_private(token, os.environ.get(TOKEN, ""))
+
+
+def _change(path: Path, change: Callable[[Any], None]) -> None:
+    import yaml
+
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def main(config: Monitoring) -> None:
+    """Write the folder for the cluster that is up, and say how to go on."""
+    commands = write(config, state.required())
+    print("start these, each in a terminal of its own or as a service:\n", *commands, sep="\n")
+    print(f"\nthen open http://127.0.0.1:{config.grafana_port}/d/raymed")
+    if not os.environ.get(TOKEN):
+        print(f"for the server of models, put one of its tokens into {config.folder.absolute()}/serve.token")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Monitoring, description=__doc__))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

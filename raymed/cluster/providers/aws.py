@@ -1,0 +1,163 @@
+"""On AWS: an on-demand head, spot GPU workers, S3. What the account needs once is in cluster/aws-once.yaml.
+
+No port is open to anybody: SSH, dashboard and MLflow come through AWS's Session Manager. Machines have roles, no keys.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymed.cluster.providers import Line, launcher
+from raymed.cluster.providers.launcher import PROJECT, Launch
+from raymed.cluster.state import Cluster
+from raymed.config import UserError
+
+_ONCE = (
+    "aws cloudformation deploy --stack-name raymed --template-file cluster/aws-once.yaml --capabilities "
+    "CAPABILITY_NAMED_IAM --parameter-overrides Bucket=BUCKET Vpc=VPC"
+)
+_PROGRAMS = {
+    "ssh": "apt install openssh-client",
+    "rsync": "apt install rsync",
+    "aws": "the AWS command line, version 2",
+    "session-manager-plugin": "AWS's plugin for Session Manager",
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `up aws`.
+
+    storage: s3://BUCKET/PREFIX of the bucket that cluster/aws-once.yaml was given.
+    region: where; default: $AWS_REGION, $AWS_DEFAULT_REGION, or that of the profile.
+    max_workers: at most so many worker machines; default: what the file says.
+    file: the cluster's file.
+    """
+
+    storage: str
+    region: str | None = None
+    max_workers: int | None = None
+    file: Path = PROJECT / "cluster" / "aws.yaml"
+
+
+def up(config: Config) -> Cluster:
+    """Bring it up, or up to date. Raises UserError, before anything starts, for missing credentials, programs, or parts
+    of the account."""
+    return launcher.up(prepare(config))
+
+
+def prepare(config: Config) -> Launch:
+    """Everything that can be known before a machine is started. Raises UserError."""
+    if not config.storage.startswith("s3://") or not config.storage.removeprefix("s3://").strip("/"):
+        raise UserError(f"--storage must be s3://BUCKET/PREFIX, which outlives the machines, got {config.storage!r}")
+    session = _session(config.region)
+    launcher.need(*_PROGRAMS, by=_PROGRAMS)
+    group, subnets = _network(session)
+    _profiles(session)
+    variables = {"RAYMED_HOME": config.storage.rstrip("/"), "AWS_DEFAULT_REGION": session.region_name}
+
+    def change(content: dict[str, Any]) -> None:
+        if config.max_workers is not None:
+            content["max_workers"] = config.max_workers
+        for kind in content["available_node_types"].values():
+            _complete(kind["node_config"], group, subnets, session)
+
+    return Launch("aws", config.file, {"region": session.region_name}, variables, change)
+
+
+def status(cluster: Cluster) -> Sequence[Line]:
+    """See `launcher.status`."""
+    return launcher.status(cluster)
+
+
+def down(cluster: Cluster) -> None:
+    """End all of it. Raises UserError where machines are left."""
+    launcher.down(cluster)
+    left = machines(_session(cluster.environment["AWS_DEFAULT_REGION"]))
+    if left:
+        raise UserError(f"machines are left, and cost: aws ec2 terminate-instances --instance-ids {' '.join(left)}")
+
+
+def reached(cluster: Cluster) -> AbstractContextManager[str]:
+    """See `launcher.reached`."""
+    return launcher.reached(cluster)
+
+
+def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """See `launcher.logs`."""
+    return launcher.logs(cluster)
+
+
+def machines(session: Any) -> list[str]:
+    """Ids of the cluster's machines that run or will."""
+    states = {"Name": "instance-state-name", "Values": ["pending", "running", "stopping", "stopped"]}
+    filters = [{"Name": "tag:ray-cluster-name", "Values": ["raymed"]}, states]
+    found = session.client("ec2").describe_instances(Filters=filters)["Reservations"]
+    return [instance["InstanceId"] for reservation in found for instance in reservation["Instances"]]
+
+
+def _session(region: str | None) -> Any:
+    """Credentials that AWS takes. Raises UserError for none, or others."""
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    how = "aws sso login, aws configure, or set AWS_PROFILE; this machine needs them, the cluster's do not"
+    try:
+        session = boto3.Session(region_name=region or os.environ.get("AWS_REGION"))
+        if session.region_name is None:
+            raise UserError("no AWS region: give --region, such as --region eu-central-1")
+        if session.get_credentials() is None:
+            raise UserError(f"no AWS credentials on this machine: {how}")
+        session.client("sts").get_caller_identity()
+    except (BotoCoreError, ClientError) as error:
+        raise UserError(f"AWS does not take this machine's credentials ({error}): {how}") from None
+    return session
+
+
+def _network(session: Any) -> tuple[str, list[str]]:
+    """The security group that cluster/aws-once.yaml made, and the subnets of its network."""
+    ec2 = session.client("ec2")
+    groups = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["raymed"]}])["SecurityGroups"]
+    if len(groups) != 1:
+        raise UserError(f"{session.region_name} has {len(groups)} security groups named raymed, not one. Once: {_ONCE}")
+    _closed(groups[0])
+    within = [{"Name": "vpc-id", "Values": [groups[0]["VpcId"]]}]
+    subnets = sorted(ec2.describe_subnets(Filters=within)["Subnets"], key=lambda subnet: subnet["AvailabilityZone"])
+    return groups[0]["GroupId"], [subnet["SubnetId"] for subnet in subnets]
+
+
+def _closed(group: dict[str, Any]) -> None:
+    """Raises UserError for a group that lets anybody in."""
+    for rule in group["IpPermissions"]:
+        world = [place.get("CidrIp") or place.get("CidrIpv6") for place in rule["IpRanges"] + rule["Ipv6Ranges"]]
+        if {"0.0.0.0/0", "::/0"} & set(world):
+            raise UserError(
+                f"security group {group['GroupId']} (raymed) lets the whole world in to port "
+                f"{rule.get('FromPort', 'all')}: remove that rule; Session Manager needs none"
+            )
+
+
+def _profiles(session: Any) -> None:
+    from botocore.exceptions import ClientError
+
+    for name in ("raymed-head", "raymed-worker"):
+        try:
+            session.client("iam").get_instance_profile(InstanceProfileName=name)
+        except ClientError as error:
+            raise UserError(f"no instance profile {name} ({error}). Once: {_ONCE}") from None
+
+
+def _complete(node: dict[str, Any], group: str, subnets: Sequence[str], session: Any) -> None:
+    """What a file cannot know: ids of this account, and of today's machine image."""
+    if interfaces := node.get("NetworkInterfaces"):
+        for interface in interfaces:
+            interface.update(SubnetId=subnets[0], Groups=[group])
+    else:
+        node.update(SubnetIds=list(subnets), SecurityGroupIds=[group])
+    image = node.get("ImageId", "")
+    if image.startswith("resolve:ssm:"):  # the head, which starts the workers, may not ask for it
+        name = image.removeprefix("resolve:ssm:")
+        node["ImageId"] = session.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]

@@ -1,0 +1,104 @@
+"""On Google Cloud: an on-demand head, spot GPU workers, Cloud Storage. What a project needs once: cluster/gcp-once.sh
+
+No machine has an address of its own outside: SSH, dashboard and MLflow come through Identity-Aware Proxy.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from raymed.cluster.providers import Line, launcher
+from raymed.cluster.providers.launcher import PROJECT, Launch
+from raymed.cluster.state import Cluster
+from raymed.config import UserError
+
+_PROGRAMS = {
+    "ssh": "apt install openssh-client",
+    "rsync": "apt install rsync",
+    "gcloud": "the Google Cloud command line",
+}
+_MOUNT = "/mnt/raymed"  # of the bucket, on every machine
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `up gcp`.
+
+    bucket: of Cloud Storage, without gs://; every machine mounts it.
+    project: default: that of the credentials.
+    zone: where, such as europe-west4-a.
+    max_workers: at most so many worker machines; default: what the file says.
+    file: the cluster's file.
+    """
+
+    bucket: str
+    zone: str
+    project: str | None = None
+    max_workers: int | None = None
+    file: Path = PROJECT / "cluster" / "gcp.yaml"
+
+
+def up(config: Config) -> Cluster:
+    """Bring it up, or up to date. Raises UserError, before anything starts, for missing credentials or programs."""
+    return launcher.up(prepare(config))
+
+
+def prepare(config: Config) -> Launch:
+    """Everything that can be known before a machine is started. Raises UserError."""
+    if not config.bucket or ":" in config.bucket or "/" in config.bucket:
+        raise UserError(f"--bucket must be a bucket's plain name, without gs://, got {config.bucket!r}")
+    region, dash, letter = config.zone.rpartition("-")
+    if not (dash and len(letter) == 1 and "-" in region):
+        raise UserError(f"--zone must be one such as europe-west4-a, got {config.zone!r}")
+    project = _project(config.project)
+    if find_spec("googleapiclient") is None:
+        raise UserError("`ray up` on Google Cloud needs a package: pip install 'raymed[gcp]'")
+    launcher.need(*_PROGRAMS, by=_PROGRAMS)
+
+    def change(content: dict[str, Any]) -> None:
+        if config.max_workers is not None:
+            content["max_workers"] = config.max_workers
+
+    values = {"google_project": project, "region": region, "zone": config.zone}
+    variables = {"RAYMED_HOME": _MOUNT, "RAYMED_BUCKET": config.bucket}
+    return Launch("gcp", config.file, values, variables, change)
+
+
+def status(cluster: Cluster) -> Sequence[Line]:
+    """See `launcher.status`."""
+    return launcher.status(cluster)
+
+
+def down(cluster: Cluster) -> None:
+    """End all of it. See `launcher.down`."""
+    launcher.down(cluster)
+
+
+def reached(cluster: Cluster) -> AbstractContextManager[str]:
+    """See `launcher.reached`."""
+    return launcher.reached(cluster)
+
+
+def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """See `launcher.logs`."""
+    return launcher.logs(cluster)
+
+
+def _project(given: str | None) -> str:
+    """The project, with credentials that Google takes. Raises UserError for none, or others."""
+    import google.auth
+    from google.auth.exceptions import GoogleAuthError
+    from google.auth.transport.requests import Request
+
+    how = "gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"
+    try:
+        credentials, project = google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])
+        credentials.refresh(Request())
+    except (GoogleAuthError, ValueError, OSError) as error:
+        raise UserError(f"Google Cloud has no credentials of this machine ({error}): {how}") from None
+    if not (given or project):
+        raise UserError("no Google Cloud project: give --project")
+    return given or str(project)

@@ -1,0 +1,289 @@
+"""On Kubernetes, by KubeRay's operator: cluster/kuberay, filled in and applied with kubectl.
+
+Nothing listens outside the cluster's namespace: dashboard and MLflow are reached by kubectl's port-forward. Passwords
+and the token are secrets of the namespace; here they lie in the state's folder, for their owner's eyes alone.
+"""
+
+import base64
+import json
+import os
+import secrets
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from raymed.cluster import state
+from raymed.cluster.providers import Line
+from raymed.cluster.providers.launcher import PROJECT, need
+from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
+from raymed.cluster.state import Cluster
+from raymed.config import UserError
+
+FILES = PROJECT / "cluster" / "kuberay"
+_CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
+_HELM = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
+_OURS = {"app.kubernetes.io/part-of": "raymed"}
+_KINDS = "rayclusters.ray.io,deployments,services,networkpolicies,serviceaccounts,configmaps,secrets"
+_WAIT = "900s"  # an image of several GB is pulled
+_FAR = {"dashboard": ("service/raymed-head-svc", 8265), "mlflow": ("service/mlflow", 5000)}
+_LOGS = {
+    "head": ["--selector=ray.io/node-type=head", "--container=ray"],
+    "autoscaler": ["--selector=ray.io/node-type=head", "--container=autoscaler"],
+    "mlflow": ["deployment/mlflow"],
+}
+
+
+@dataclass(frozen=True)
+class Config:
+    """Flags of `up kuberay`.
+
+    storage: s3://BUCKET/PREFIX.
+    image: of cluster/docker/Dockerfile, where the nodes of Kubernetes find it.
+    size: the overlay.
+    secrets: a file of NAME=VALUE lines for all pods, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL; none where the
+        service accounts stand for a role.
+    context: of kubectl; default: the current one.
+    """
+
+    storage: str
+    image: str = "raymed:0.1.0"
+    size: Literal["small", "large"] = "small"
+    secrets: Path | None = None
+    namespace: str = "raymed"
+    context: str | None = None
+
+
+def up(config: Config) -> Cluster:
+    """Bring it up, or up to date. Raises UserError, before anything is made, for a missing kubectl, a Kubernetes that
+    does not answer, and one without KubeRay."""
+    if not config.storage.startswith("s3://"):
+        raise UserError(f"--storage must be s3://BUCKET/PREFIX, which all pods reach, got {config.storage!r}")
+    need("kubectl", by={"kubectl": "apt install kubernetes-client, or from kubernetes.io"})
+    kubectl = _kubectl(config.context, config.namespace)
+    _check_operator(kubectl)
+    kept = _kept(kubectl, config.namespace)
+    folder = written(config, kept)
+    before = state.load()
+    tunnels = {name: port_for(before, name) for name in _FAR}
+    cluster = Cluster(
+        "kuberay",
+        addresses={name: f"http://127.0.0.1:{port}" for name, port in tunnels.items()},
+        environment=_of_clients(config, tunnels["mlflow"]),
+        processes=before.processes if before else (),
+        facts={"kubectl": kubectl, "folder": str(folder), "tunnels": tunnels},
+    )
+    state.save(cluster)
+    _apply(kubectl, folder, config.namespace)
+    _told(kubectl, "wait", "--for=condition=HeadPodReady", "raycluster/raymed", f"--timeout={_WAIT}")
+    _told(kubectl, "rollout", "status", "deployment/mlflow", f"--timeout={_WAIT}")
+    return opened(cluster, _tunnels(cluster))
+
+
+def written(config: Config, kept: Mapping[str, str]) -> Path:
+    """A folder that kubectl can apply: an overlay of cluster/kuberay with this cluster's image, settings and secrets.
+
+    kept: secrets that stay as they are.
+    """
+    import yaml
+
+    folder = state.folder() / "kuberay"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    folder.chmod(0o700)
+    own = _given(config.secrets) | _made(kept)
+    token = own.pop("auth_token")
+    _write(folder / "secret.env", "".join(f"{name}={value}\n" for name, value in own.items()))
+    _write(folder / "ray.token", token)
+    name, _, tag = config.image.rpartition(":")
+    if not name or "/" in tag:
+        raise UserError(f"--image must be NAME:TAG, got {config.image!r}")
+    content = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "namespace": config.namespace,
+        "resources": [os.path.relpath((FILES / "overlays" / config.size).resolve(), folder.resolve())],
+        "labels": [{"pairs": _OURS}],
+        "images": [{"name": "raymed", "newName": name, "newTag": tag}],
+        "generatorOptions": {"disableNameSuffixHash": True, "labels": _OURS},
+        "configMapGenerator": [{"name": "raymed", "literals": [f"{k}={v}" for k, v in _settings(config).items()]}],
+        "secretGenerator": [
+            {"name": "raymed", "envs": ["secret.env"]},
+            {"name": "raymed-token", "files": ["auth_token=ray.token"]},
+        ],
+    }
+    _write(folder / "kustomization.yaml", yaml.safe_dump(content, sort_keys=False))
+    return folder
+
+
+def status(cluster: Cluster) -> Sequence[Line]:
+    """The cluster as KubeRay tells of it, MLflow, and the tunnels."""
+    kubectl = cluster.facts["kubectl"]
+    lines = [
+        _ray_line(_json(kubectl, "get", "raycluster/raymed")),
+        _mlflow_line(_json(kubectl, "get", "deployment/mlflow")),
+    ]
+    for tunnel in _tunnels(cluster):
+        way = cluster.addresses[tunnel.name] if is_open(tunnel.port) else "closed: python -m raymed.cluster up kuberay"
+        lines.append(Line(f"way to {tunnel.name}", is_open(tunnel.port), way))
+    return lines
+
+
+def down(cluster: Cluster) -> None:
+    """End all of it, MLflow first, which brings its database to the storage. The namespace and MLflow's volume stay."""
+    kubectl = cluster.facts["kubectl"]
+    close(cluster)
+    gone = ["--ignore-not-found", "--cascade=foreground", "--timeout=180s"]
+    _told(kubectl, "delete", "deployment/mlflow", *gone)
+    _told(kubectl, "delete", _KINDS, "--selector=app.kubernetes.io/part-of=raymed", *gone)
+    state.forget()
+
+
+@contextmanager
+def reached(cluster: Cluster) -> Iterator[str]:
+    """Within: the URL of Ray's dashboard; the tunnels are opened again where they have ended."""
+    opened(cluster, _tunnels(cluster))
+    yield cluster.addresses["dashboard"]
+
+
+def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """(name, last lines) of the head, its autoscaler and MLflow."""
+    for name, where in _LOGS.items():
+        done = _run(cluster.facts["kubectl"], "logs", "--tail=40", *where)
+        yield name, done.stdout if done.returncode == 0 else done.stderr.strip()[-500:]
+
+
+def _kubectl(context: str | None, namespace: str) -> list[str]:
+    return ["kubectl", f"--namespace={namespace}", *([f"--context={context}"] if context else [])]
+
+
+def _check_operator(kubectl: Sequence[str]) -> None:
+    """Raises UserError where Kubernetes does not answer, or has no KubeRay that knows of tokens."""
+    done = _run(kubectl, "get", "--raw", _CRD, "--request-timeout=15s")
+    if done.returncode:
+        if "NotFound" in done.stderr or "could not find" in done.stderr:
+            raise UserError(f"this Kubernetes has no KubeRay: {_HELM}")
+        last = done.stderr.strip().splitlines()[-1:]
+        raise UserError(
+            f"kubectl cannot ask Kubernetes for KubeRay ({' '.join(last)}): see `kubectl config get-contexts`, and "
+            "give --context"
+        )
+    versions = json.loads(done.stdout)["spec"]["versions"]
+    schemas = [v["schema"]["openAPIV3Schema"] for v in versions if v["name"] == "v1"]
+    options = [s["properties"]["spec"]["properties"].get("authOptions", {}).get("properties", {}) for s in schemas]
+    if not any("secretName" in known for known in options):
+        raise UserError(f"this KubeRay does not know authOptions.secretName, and needs to be 1.6 or newer: {_HELM}")
+
+
+def _kept(kubectl: Sequence[str], namespace: str) -> dict[str, str]:
+    """The secrets that the namespace has already."""
+    kept: dict[str, str] = {}
+    for name in ("raymed", "raymed-token"):
+        done = _run(kubectl, "get", "--raw", f"/api/v1/namespaces/{namespace}/secrets/{name}")
+        if done.returncode == 0:
+            data = json.loads(done.stdout).get("data") or {}
+            kept |= {key: base64.b64decode(value).decode() for key, value in data.items()}
+    return kept
+
+
+def _made(kept: Mapping[str, str]) -> dict[str, str]:
+    """Every secret that raymed makes, new where it is not kept."""
+    made = {"MLFLOW_TRACKING_USERNAME": "raymed", "auth_token": kept.get("auth_token") or secrets.token_hex(32)}
+    for name in ("MLFLOW_TRACKING_PASSWORD", "RAYMED_SERVE_TOKEN"):
+        made[name] = kept.get(name) or secrets.token_urlsafe(24)
+    return made
+
+
+def _given(path: Path | None) -> dict[str, str]:
+    """NAME=VALUE lines of a file. Raises UserError for a line that is none; its content is not told."""
+    if path is None:
+        return {}
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except OSError as error:
+        raise UserError(f"--secrets {path} cannot be read: {error.strerror}") from None
+    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
+    for number, (name, equals, _) in enumerate(pairs, 1):
+        if not (equals and name.isidentifier()):
+            raise UserError(f"--secrets {path}: line {number} of those with a value is not NAME=VALUE")
+    return {name: value for name, _, value in pairs}
+
+
+def _settings(config: Config) -> dict[str, str]:
+    """Of every pod, for anybody to see."""
+    return {
+        "RAYMED_HOME": config.storage.rstrip("/"),
+        "RAYMED_LOCAL": "/home/raymed/local",
+        "MLFLOW_TRACKING_URI": "http://mlflow:5000",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+def _of_clients(config: Config, mlflow_port: int) -> dict[str, str]:
+    folder = state.folder() / "kuberay"
+    lines = (folder / "secret.env").read_text().splitlines()
+    shared = {name: value for name, _, value in (line.partition("=") for line in lines) if name.startswith("MLFLOW_")}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(folder / "ray.token")}
+    mlflow = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
+    return {"RAYMED_HOME": config.storage.rstrip("/")} | shared | ray | mlflow
+
+
+def _apply(kubectl: Sequence[str], folder: Path, namespace: str) -> None:
+    """First as a trial, by the schemas that this Kubernetes has; then for good. What the autoscaler has set is set
+    back, and asked for again by it."""
+    if _run(kubectl, "get", "namespace", namespace).returncode:
+        _told(kubectl, "create", "namespace", namespace)
+    apply = ["apply", "--server-side", "--force-conflicts", "--field-manager=raymed", f"--kustomize={folder}"]
+    trial = _run(kubectl, *apply, "--dry-run=server")
+    if trial.returncode:
+        raise UserError(f"this Kubernetes does not take {folder}:\n{trial.stderr.strip()[-2000:]}")
+    _told(kubectl, *apply)
+
+
+def _tunnels(cluster: Cluster) -> list[Tunnel]:
+    kubectl, found = cluster.facts["kubectl"], cluster.facts["tunnels"]
+    return [
+        Tunnel(name, found[name], [*kubectl, "port-forward", "--address=127.0.0.1", service, f"{found[name]}:{port}"])
+        for name, (service, port) in _FAR.items()
+    ]
+
+
+def _ray_line(found: Mapping[str, Any] | str) -> Line:
+    if isinstance(found, str):
+        return Line("ray", False, f"{found}: python -m raymed.cluster up kuberay, or down")
+    told = found.get("status", {})
+    ready = {c["type"]: c["status"] == "True" for c in told.get("conditions", ())}
+    workers = f"{told.get('readyWorkerReplicas', 0)} of {told.get('desiredWorkerReplicas', 0)} workers"
+    advice = "" if ready.get("HeadPodReady") else ", no head: kubectl --namespace NAMESPACE describe raycluster raymed"
+    return Line("ray", ready.get("HeadPodReady", False), workers + advice)
+
+
+def _mlflow_line(found: Mapping[str, Any] | str) -> Line:
+    if isinstance(found, str):
+        return Line("mlflow", False, f"{found}: python -m raymed.cluster up kuberay, or down")
+    is_up = bool(found.get("status", {}).get("availableReplicas"))
+    return Line("mlflow", is_up, "" if is_up else "its pod is not ready: python -m raymed.cluster logs mlflow")
+
+
+def _json(kubectl: Sequence[str], *words: str) -> dict[str, Any] | str:
+    """What kubectl finds, or the last line of what it says."""
+    done = _run(kubectl, *words, "--output=json", "--request-timeout=15s")
+    return json.loads(done.stdout) if done.returncode == 0 else (done.stderr.strip().splitlines() or [""])[-1]
+
+
+def _run(kubectl: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*kubectl, *words], capture_output=True, text=True)
+
+
+def _told(kubectl: Sequence[str], *words: str) -> None:
+    """Run it for the user to see. Raises UserError where it fails."""
+    if subprocess.run([*kubectl, *words]).returncode:
+        raise UserError(f"`kubectl {words[0]}` failed, as it says above: mend that and run the same command again")
+
+
+def _write(path: Path, text: str) -> None:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)

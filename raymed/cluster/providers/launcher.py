@@ -1,0 +1,241 @@
+"""Clusters that Ray's own launcher makes from a file (`ray up`): what aws and gcp have in common.
+
+The file is cluster/PROVIDER.yaml with <words> filled in. The filled one lies in the state's folder, as do the token and
+the variables that the machines get by it, for their owner's eyes alone. The way in is SSH through the cloud's own
+proxy; dashboard and MLflow are reached by tunnels that end at 127.0.0.1.
+"""
+
+import os
+import re
+import secrets
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from raymed.cluster import state
+from raymed.cluster.providers import Line
+from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
+from raymed.cluster.state import Cluster
+from raymed.config import UserError
+
+PROJECT = Path(__file__).resolve().parents[3]
+_TOKEN, _VARIABLES = "ray.token", "node.env"
+_DASHBOARD, _MLFLOW = 8265, 5000  # on the head, whose other ports nobody but the cluster reaches
+_USER = "raymed"
+_LOGS = {
+    "autoscaler": "tail -n 40 /tmp/ray/session_latest/logs/monitor.out",
+    "gcs": "tail -n 20 /tmp/ray/session_latest/logs/gcs_server.out",
+    "mlflow": "sudo journalctl --no-pager --lines 40 --unit raymed-mlflow",
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What one provider adds.
+
+    template: the file with <words>; values: what they become.
+    variables: of every machine, beside those that all get.
+    change: what is set in the file's content at last.
+    """
+
+    provider: str
+    template: Path
+    values: Mapping[str, str]
+    variables: dict[str, str]
+    change: Callable[[dict[str, Any]], None] = lambda config: None
+
+
+def need(*programs: str, by: Mapping[str, str]) -> None:
+    """Raises UserError for a program that this machine lacks. by: program -> how it is had."""
+    for program in programs:
+        if shutil.which(program) is None:
+            raise UserError(
+                f"{program} is not on this machine's PATH, and the way to the cluster needs it: {by[program]}"
+            )
+
+
+def written(launch: Launch) -> Path:
+    """The filled file, as Ray's own validation takes it, beside what the machines get. Raises UserError otherwise."""
+    import yaml
+
+    home = state.folder()
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if not (home / _TOKEN).is_file():
+        _write(home / _TOKEN, secrets.token_hex(32))
+    _write(home / _VARIABLES, _lines(launch.variables | _shared(home)))
+    own = {"token": str(home / _TOKEN), "variables": str(home / _VARIABLES), "project": str(PROJECT)}
+    try:
+        config = yaml.safe_load(filled(launch.template.read_text(), {**own, **launch.values}))
+    except (OSError, yaml.YAMLError) as error:
+        raise UserError(f"{launch.template} cannot be read: {error}") from None
+    launch.change(config)
+    checked(config, launch.template)
+    path = home / f"{launch.provider}.yaml"
+    _write(path, yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def filled(text: str, values: Mapping[str, str]) -> str:
+    """Text with its <words> replaced. Raises UserError for one that nobody gave; `<<` and lines of comment stay."""
+
+    def value(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(f"<{match[1]}> is none of what a cluster file may name: {', '.join(sorted(values))}")
+        return values[match[1]]
+
+    lines = text.splitlines(keepends=True)
+    return "".join(line if line.lstrip().startswith("#") else re.sub(r"<([a-z_]+)>", value, line) for line in lines)
+
+
+def checked(config: Mapping[str, Any], name: Path) -> None:
+    """Ray's validation of a cluster's file. Raises UserError with what it says."""
+    import jsonschema
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    try:
+        validate_config(prepare_config(dict(config)))
+    except (jsonschema.ValidationError, ValueError, KeyError, NotImplementedError) as error:
+        where = ".".join(map(str, getattr(error, "absolute_path", ())))
+        raise UserError(f"{name} is not what `ray up` takes: {where} {getattr(error, 'message', error)}") from None
+
+
+def up(launch: Launch) -> Cluster:
+    """Bring it up, or up to date. Raises UserError where Ray's launcher fails; `down` ends what it had started."""
+    before = state.load()
+    path = written(launch)
+    tunnels = {"dashboard": port_for(before, "dashboard"), "mlflow": port_for(before, "mlflow")}
+    cluster = Cluster(
+        launch.provider,
+        addresses={name: f"http://127.0.0.1:{port}" for name, port in tunnels.items()},
+        environment=_of_clients(launch.variables, tunnels["mlflow"]),
+        processes=before.processes if before else (),
+        facts={"file": str(path), "tunnels": tunnels},
+    )
+    state.save(cluster)
+    if ray(["up", "--yes", "--disable-usage-stats", str(path)]):
+        raise UserError(
+            "`ray up` failed, as it says above: mend that and bring the cluster up again, or take down what has "
+            "started: python -m raymed.cluster down"
+        )
+    return opened(cluster, _tunnels(cluster))
+
+
+def status(cluster: Cluster) -> Sequence[Line]:
+    """The head as the cloud knows it, the tunnels, and what answers through them."""
+    done = subprocess.run([_ray(), "get-head-ip", cluster.facts["file"]], capture_output=True, text=True)
+    head = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
+    lines = [Line("head", bool(head), head[0] if head else "there is none: python -m raymed.cluster up, or down")]
+    for tunnel in _tunnels(cluster):
+        if not is_open(tunnel.port):
+            lines.append(
+                Line(tunnel.name, False, f"the tunnel is closed: python -m raymed.cluster up {cluster.provider}")
+            )
+        else:
+            lines.append(_answers(cluster, tunnel))
+    return lines
+
+
+def down(cluster: Cluster) -> None:
+    """End all machines; MLflow's database is brought to the storage before. Raises UserError where Ray's launcher
+    fails: the cluster is then still remembered, since its machines cost money."""
+    file = cluster.facts["file"]
+    if ray(["exec", "--disable-usage-stats", file, "sudo systemctl stop raymed-mlflow"]):
+        print("MLflow did not end in order: what it was told in the last minute may be lost", file=sys.stderr)
+    if ray(["down", "--yes", file]):
+        raise UserError(f"`ray down {file}` failed, as it says above: machines may be running, and cost; try again")
+    close(cluster)
+    state.forget()
+
+
+@contextmanager
+def reached(cluster: Cluster) -> Iterator[str]:
+    """Within: the URL of Ray's dashboard; the tunnels are opened again where they have ended."""
+    opened(cluster, _tunnels(cluster))
+    yield cluster.addresses["dashboard"]
+
+
+def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+    """(name, last lines) of what runs on the head."""
+    for name, command in _LOGS.items():
+        words = [_ray(), "exec", "--disable-usage-stats", cluster.facts["file"], command]
+        done = subprocess.run(words, capture_output=True, text=True)
+        yield name, done.stdout if done.returncode == 0 else done.stderr.strip()[-500:]
+
+
+def ray(words: Sequence[str]) -> int:
+    """Run Ray's command line for the user to see; its exit code."""
+    return subprocess.run([_ray(), *words]).returncode
+
+
+def _ray() -> str:
+    return str(Path(sys.executable).with_name("ray"))
+
+
+def _tunnels(cluster: Cluster) -> list[Tunnel]:
+    far = {"dashboard": _DASHBOARD, "mlflow": _MLFLOW}
+    file = cluster.facts["file"]
+    return [
+        Tunnel(name, port, [_ray(), "dashboard", file, f"--port={port}", f"--remote-port={far[name]}"])
+        for name, port in cluster.facts["tunnels"].items()
+    ]
+
+
+def _answers(cluster: Cluster, tunnel: Tunnel) -> Line:
+    """What is at the other end. Of the dashboard: how many machines, by the token."""
+    import httpx
+
+    token = Path(cluster.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+    path = "/nodes?view=summary" if tunnel.name == "dashboard" else "/health"
+    url, bearer = f"{cluster.addresses[tunnel.name]}{path}", {"Authorization": f"Bearer {token}"}
+    try:
+        answer = httpx.get(url, headers=bearer, timeout=10, trust_env=False).raise_for_status()
+        if tunnel.name == "mlflow":
+            return Line("mlflow", True, cluster.addresses["mlflow"])
+        nodes = answer.json()["data"]["summary"]
+        alive = sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+        return Line("dashboard", True, f"{cluster.addresses['dashboard']}, {alive} machine(s) with the head")
+    except (httpx.HTTPError, ValueError, KeyError) as error:
+        return Line(tunnel.name, False, f"no answer through the tunnel ({error}): python -m raymed.cluster logs")
+
+
+def _shared(home: Path) -> dict[str, str]:
+    """Of every machine. The password stays what it was."""
+    before = dict(line.split("=", 1) for line in _read(home / _VARIABLES).splitlines() if "=" in line)
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "MLFLOW_TRACKING_USERNAME": _USER,
+        "MLFLOW_TRACKING_PASSWORD": before.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24),
+    }
+
+
+def _of_clients(variables: Mapping[str, str], mlflow_port: int) -> dict[str, str]:
+    """Of whoever talks to it from this machine."""
+    home = state.folder()
+    shared = {name: value for name, value in _shared(home).items() if name.startswith("MLFLOW_")}
+    ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / _TOKEN)}
+    storage = {name: value for name, value in variables.items() if name in ("RAYMED_HOME", "AWS_DEFAULT_REGION")}
+    return storage | shared | ray | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
+
+
+def _lines(variables: Mapping[str, str]) -> str:
+    return "".join(f"{name}={value}\n" for name, value in variables.items())
+
+
+def _read(path: Path) -> str:
+    return path.read_text() if path.is_file() else ""
+
+
+def _write(path: Path, text: str) -> None:
+    """For its owner's eyes alone at any time."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
+        file.write(text)
+    temporary.replace(path)

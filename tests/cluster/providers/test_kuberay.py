@@ -1,0 +1,164 @@
+"""KubeRay's provider by the real kubectl: what it applies, and what it says where it cannot. No Kubernetes runs here; a
+server on this machine answers the two questions that come before anything is made."""
+
+import json
+import shutil
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+import yaml
+
+from raymed.cluster import state
+from raymed.cluster.providers import kuberay
+from raymed.config import UserError
+
+CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
+
+
+@pytest.fixture(autouse=True)
+def own_state(tmp_path, monkeypatch):
+    if shutil.which("kubectl") is None:
+        pytest.skip("no kubectl on this machine")
+    monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "cluster"))
+
+
+@pytest.fixture
+def kubernetes(tmp_path, monkeypatch):
+    """answers: path -> JSON; all else is 404. kubectl's current context leads to it."""
+    answers: dict[str, dict] = {}
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            path = self.path.split("?")[0]
+            missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
+            body = json.dumps(answers.get(path, missing | {"message": f"{path} not found"})).encode()
+            self.send_response(200 if path in answers else 404)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, format: str, *args: object):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    use(tmp_path, monkeypatch, server.server_port)
+    yield answers
+    server.shutdown()
+    server.server_close()
+
+
+def use(tmp_path, monkeypatch, port: int) -> None:
+    """kubectl asks this port."""
+    config = {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "current-context": "here",
+        "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{port}"}}],
+        "contexts": [{"name": "here", "context": {"cluster": "here", "user": "me"}}],
+        "users": [{"name": "me", "user": {}}],
+    }
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+
+
+def definition(**options: object) -> dict:
+    schema = {"properties": {"spec": {"properties": {"authOptions": {"properties": options}} if options else {}}}}
+    return {"spec": {"versions": [{"name": "v1", "schema": {"openAPIV3Schema": schema}}]}}
+
+
+def config(**changes: Any) -> kuberay.Config:
+    return kuberay.Config(**{"storage": "s3://bucket/prefix", **changes})
+
+
+def test_a_kubernetes_that_does_not_answer(tmp_path, monkeypatch):
+    use(tmp_path, monkeypatch, 9)
+    with pytest.raises(UserError, match="kubectl cannot ask Kubernetes for KubeRay.*--context"):
+        kuberay.up(config())
+    assert state.load() is None
+
+
+def test_one_without_kuberay(kubernetes):
+    with pytest.raises(UserError, match="no KubeRay: helm install"):
+        kuberay.up(config())
+    assert state.load() is None
+
+
+@pytest.mark.parametrize("options", [{}, {"mode": {}}])
+def test_a_kuberay_that_knows_no_tokens(kubernetes, options):
+    kubernetes[CRD] = definition(**options)
+    with pytest.raises(UserError, match="1.6 or newer"):
+        kuberay.up(config())
+    assert state.load() is None
+
+
+def test_no_kubectl(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="kubectl is not on this machine's PATH"):
+        kuberay.up(config())
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"storage": "/mnt/x"}, "--storage must be s3://"), ({"image": "raymed"}, "NAME:TAG")]
+)
+def test_flags_that_cannot_be(kubernetes, changes, said):
+    kubernetes[CRD] = definition(secretName={})
+    with pytest.raises(UserError, match=said):
+        kuberay.up(config(**changes))
+    assert state.load() is None
+
+
+def test_secrets_of_the_namespace_stay(kubernetes):
+    kubernetes["/api/v1/namespaces/raymed/secrets/raymed-token"] = {"data": {"auth_token": "dG9rZW4="}}
+    kubernetes["/api/v1/namespaces/raymed/secrets/raymed"] = {"data": {"RAYMED_SERVE_TOKEN": "c2VydmU="}}
+    kept = kuberay._kept(["kubectl"], "raymed")
+    assert kept == {"auth_token": "token", "RAYMED_SERVE_TOKEN": "serve"}
+    folder = kuberay.written(config(), kept)
+    assert (folder / "ray.token").read_text() == "token"
+    assert "RAYMED_SERVE_TOKEN=serve\n" in (folder / "secret.env").read_text()
+
+
+@pytest.mark.parametrize("size", ["small", "large"])
+def test_what_is_applied(size, tmp_path):
+    (tmp_path / "keys").write_text("# of the bucket\nAWS_ACCESS_KEY_ID=ours\n\nAWS_SECRET_ACCESS_KEY=a=b\n")
+    given = config(size=size, image="registry.example:5000/raymed:7", secrets=tmp_path / "keys", namespace="other")
+    folder = kuberay.written(given, {})
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    things = list(yaml.safe_load_all(done.stdout))
+    assert {thing["metadata"]["namespace"] for thing in things} == {"other"}
+    assert all(thing["metadata"]["labels"]["app.kubernetes.io/part-of"] == "raymed" for thing in things)
+    assert done.stdout.count("image: registry.example:5000/raymed:7") == {"small": 3, "large": 4}[size]
+    settings = next(thing["data"] for thing in things if thing["kind"] == "ConfigMap")
+    assert settings["RAYMED_HOME"] == "s3://bucket/prefix" and not [name for name in settings if "PASSWORD" in name]
+    secret, token = (
+        next(thing["data"] for thing in things if thing["kind"] == "Secret" and thing["metadata"]["name"] == name)
+        for name in ("raymed", "raymed-token")
+    )
+    assert set(token) == {"auth_token"}
+    assert secret["AWS_SECRET_ACCESS_KEY"] == "YT1i" and "MLFLOW_TRACKING_PASSWORD" in secret
+
+    clients = kuberay._of_clients(given, 1234)
+    assert clients["RAY_AUTH_MODE"] == "token" and clients["MLFLOW_TRACKING_URI"] == "http://127.0.0.1:1234"
+
+
+def test_a_file_of_secrets_that_is_none_is_not_told(tmp_path):
+    (tmp_path / "keys").write_text("NAME=value\nmy-very-secret\n")
+    with pytest.raises(UserError, match="line 2") as error:
+        kuberay.written(config(secrets=tmp_path / "keys"), {})
+    assert "my-very-secret" not in str(error.value)
+    with pytest.raises(UserError, match="cannot be read"):
+        kuberay.written(config(secrets=tmp_path / "none"), {})
+
+
+def test_how_parts_are_told_of():
+    ready = {"status": {"conditions": [{"type": "HeadPodReady", "status": "True"}], "readyWorkerReplicas": 1}}
+    assert kuberay._ray_line(ready | {}).is_up and not kuberay._ray_line({}).is_up
+    assert not kuberay._ray_line("not found").is_up
+    assert kuberay._mlflow_line({"status": {"availableReplicas": 1}}).is_up and not kuberay._mlflow_line({}).is_up

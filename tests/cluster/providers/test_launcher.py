@@ -1,0 +1,233 @@
+"""AWS and Google Cloud: what is said before a machine is started, and, against moto's copy of AWS, which machines Ray's
+launcher would start: with which roles, groups, images and prices."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import httpx
+import pytest
+import yaml
+from nodes import free_port, wait_for
+
+from raymed.cluster import state
+from raymed.cluster.providers import aws, gcp, launcher
+from raymed.cluster.state import Cluster
+from raymed.config import UserError
+
+REGION = "us-east-1"
+IMAGE = "ami-12c6146b"  # one that moto knows
+
+
+@pytest.fixture(autouse=True)
+def nobody(tmp_path, monkeypatch):
+    """No credentials, and a state folder of this test."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "GOOGLE_", "GCE_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", os.devnull)
+    monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:9")
+    monkeypatch.setenv("GCE_METADATA_TIMEOUT", "1")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "cluster"))
+
+
+def test_aws_without_credentials_or_region():
+    with pytest.raises(UserError, match="no AWS region: give --region"):
+        aws.up(aws.Config(storage="s3://bucket/raymed"))
+    with pytest.raises(UserError, match="no AWS credentials on this machine: aws sso login"):
+        aws.up(aws.Config(storage="s3://bucket/raymed", region=REGION))
+    assert state.load() is None
+
+
+def test_google_without_credentials():
+    with pytest.raises(UserError, match="no credentials of this machine.*gcloud auth application-default login"):
+        gcp.up(gcp.Config(bucket="bucket", zone="europe-west4-a"))
+    assert state.load() is None
+
+
+def test_google_with_credentials_that_are_none(tmp_path, monkeypatch):
+    (tmp_path / "key.json").write_text('{"type": "service_account"}')
+    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "key.json"))
+    with pytest.raises(UserError, match="no credentials of this machine"):
+        gcp.up(gcp.Config(bucket="bucket", zone="europe-west4-a"))
+
+
+@pytest.mark.parametrize("storage", ["", "bucket", "s3://", "gs://bucket"])
+def test_a_storage_that_does_not_outlive_the_machines(storage):
+    with pytest.raises(UserError, match="--storage must be s3://"):
+        aws.up(aws.Config(storage=storage, region=REGION))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"bucket": "gs://b"}, "plain name"), ({"zone": "europe-west4"}, "--zone must be one such as")],
+)
+def test_flags_of_google_that_cannot_be(changes, said):
+    with pytest.raises(UserError, match=said):
+        gcp.up(gcp.Config(**({"bucket": "bucket", "zone": "europe-west4-a"} | changes)))
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory):
+    """AWS's copy on this machine, with the account prepared by cluster/aws-once.yaml; its URL."""
+    server = shutil.which("moto_server", path=str(Path(sys.executable).parent)) or shutil.which("moto_server")
+    if server is None:
+        pytest.skip("pip install 'moto[cloudformation,ec2,server]'")
+    port = free_port()
+    with (tmp_path_factory.mktemp("moto") / "log").open("w") as log:
+        process = subprocess.Popen([server, "--host", "127.0.0.1", "--port", str(port)], stdout=log, stderr=log)
+    try:
+        wait_for(lambda: _listens(port), 120, "moto")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def account(moto, nobody, tmp_path, monkeypatch):
+    """An account with its stack, credentials, and programs by the names that the way in needs."""
+    import boto3
+
+    own = {"AWS_ENDPOINT_URL": moto, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "y"}
+    for name, value in own.items():
+        monkeypatch.setenv(name, value)
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("aws", "session-manager-plugin", "ssh", "rsync"):
+        (programs / name).write_text("#!/bin/sh\nexit 1\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    httpx.post(f"{moto}/moto-api/reset")
+    session = boto3.Session(region_name=REGION)
+    formation = session.client("cloudformation")
+    network = session.client("ec2").describe_vpcs()["Vpcs"][0]["VpcId"]
+    values = [
+        {"ParameterKey": "Bucket", "ParameterValue": "bucket"},
+        {"ParameterKey": "Vpc", "ParameterValue": network},
+    ]
+    body = (launcher.PROJECT / "cluster" / "aws-once.yaml").read_text()
+    formation.create_stack(
+        StackName="raymed", TemplateBody=body, Parameters=values, Capabilities=["CAPABILITY_NAMED_IAM"]
+    )
+    return session
+
+
+@pytest.fixture
+def file(tmp_path):
+    """cluster/aws.yaml with an image that moto has: it has none of Ubuntu's."""
+    content = yaml.safe_load((launcher.PROJECT / "cluster" / "aws.yaml").read_text())
+    for kind in content["available_node_types"].values():
+        kind["node_config"]["ImageId"] = IMAGE
+    path = tmp_path / "aws.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def test_a_region_that_is_not_prepared(account, file):
+    with pytest.raises(UserError, match="eu-west-1 has 0 security groups named raymed.*aws cloudformation deploy"):
+        aws.prepare(aws.Config("s3://bucket/raymed", "eu-west-1", file=file))
+
+
+def test_a_group_that_lets_the_world_in(account, file):
+    ec2 = account.client("ec2")
+    [group] = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["raymed"]}])["SecurityGroups"]
+    world = {"IpProtocol": "tcp", "FromPort": 8265, "ToPort": 8265, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}
+    ec2.authorize_security_group_ingress(GroupId=group["GroupId"], IpPermissions=[world])
+    with pytest.raises(UserError, match="lets the whole world in to port 8265"):
+        aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file))
+
+
+def test_machines_that_ray_would_start(account, file, monkeypatch):
+    """Ray's own bootstrap, and its node provider, on what was written."""
+    path = launcher.written(aws.prepare(aws.Config("s3://bucket/raymed", REGION, max_workers=2, file=file)))
+    content = yaml.safe_load(path.read_text())
+    assert content["max_workers"] == 2 and content["provider"]["region"] == REGION
+    for secret in (path, state.folder() / "ray.token", state.folder() / "node.env"):
+        assert secret.stat().st_mode & 0o777 == 0o600
+    variables = (state.folder() / "node.env").read_text()
+    assert "RAYMED_HOME=s3://bucket/raymed\n" in variables and "MLFLOW_TRACKING_PASSWORD=" in variables
+    password = [line for line in variables.splitlines() if "PASSWORD" in line]
+    launcher.written(aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file)))
+    assert password[0] in (state.folder() / "node.env").read_text(), "it stays"
+
+    for kind in ("head", "gpu", "efa"):
+        _start(content, kind)
+    reservations = account.client("ec2").describe_instances()["Reservations"]
+    started = {i["InstanceType"]: i for r in reservations for i in r["Instances"]}
+    head, worker, near = started["m7i.2xlarge"], started["g6.4xlarge"], started["p4d.24xlarge"]
+    assert near["InstanceLifecycle"] == "spot"
+    assert content["available_node_types"]["efa"]["node_config"]["Placement"] == {"GroupName": "raymed"}
+    assert "spot" not in head.get("InstanceLifecycle", "") and worker["InstanceLifecycle"] == "spot"
+    assert head["IamInstanceProfile"]["Arn"].endswith("/raymed-head")
+    assert worker["IamInstanceProfile"]["Arn"].endswith("/raymed-worker")
+    for machine in (head, worker):
+        assert [group["GroupName"] for group in machine["SecurityGroups"]] == ["raymed"]
+        assert machine["ImageId"] == IMAGE
+    for group in account.client("ec2").describe_security_groups()["SecurityGroups"]:
+        if group["GroupName"] != "default":
+            assert not [rule for rule in group["IpPermissions"] if rule["IpRanges"]], "nobody from outside"
+
+    left = aws.machines(account)
+    assert set(left) == {head["InstanceId"], worker["InstanceId"], near["InstanceId"]}
+    account.client("ec2").terminate_instances(InstanceIds=left)
+    assert aws.machines(account) == []
+
+
+def _start(content: dict, kind: str) -> None:
+    """As Ray's launcher and autoscaler do."""
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler._private.util import prepare_config
+
+    ready = bootstrap_aws(prepare_config(content))
+    provider = AWSNodeProvider(ready["provider"], ready["cluster_name"])
+    told = {"ray-node-name": kind, "ray-node-type": kind, "ray-user-node-type": kind}
+    provider.create_node(ready["available_node_types"][kind]["node_config"], told, 1)
+
+
+@pytest.mark.slow
+def test_an_up_that_fails_is_remembered_and_taken_down(account, file):
+    """Ray's launcher itself, on a type of machine that AWS does not have."""
+    content = yaml.safe_load(file.read_text())
+    content["available_node_types"]["head"]["node_config"]["IamInstanceProfile"] = {"Name": "nobody"}
+    content["available_node_types"]["head"]["node_config"]["ImageId"] = "ami-00000000000000000"
+    content["available_node_types"]["head"]["node_config"]["InstanceType"] = "m0.none"
+    file.write_text(yaml.safe_dump(content))
+    with pytest.raises(UserError, match="`ray up` failed"):
+        aws.up(aws.Config("s3://bucket/raymed", REGION, file=file))
+    cluster = state.required()
+    assert cluster.provider == "aws" and cluster.environment["RAY_AUTH_MODE"] == "token"
+    assert not aws.status(cluster)[0].is_up
+    aws.down(cluster)
+    assert state.load() is None and aws.machines(account) == []
+
+
+def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path):
+    cluster = Cluster("aws", facts={"file": str(tmp_path / "none.yaml"), "tunnels": {"dashboard": 9, "mlflow": 19}})
+    lines = launcher.status(cluster)
+    assert [line.is_up for line in lines] == [False] * 3 and "the tunnel is closed" in lines[1].detail
+
+
+def test_the_way_in_needs_programs(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match="session-manager-plugin is not on this machine's PATH.*plugin"):
+        launcher.need("session-manager-plugin", by={"session-manager-plugin": "AWS's plugin"})
+
+
+@pytest.mark.skipif(find_spec("googleapiclient") is not None, reason="the package is there")
+def test_google_needs_a_package(monkeypatch):
+    monkeypatch.setattr(gcp, "_project", lambda given: "project")
+    with pytest.raises(UserError, match="pip install 'raymed\\[gcp\\]'"):
+        gcp.prepare(gcp.Config(bucket="bucket", zone="europe-west4-a"))
+
+
+def _listens(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0

@@ -1,0 +1,166 @@
+"""Checks run apart from each other, in the cluster's environment, and tell people and scripts what they found."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import psutil
+import pytest
+
+from raymed.cluster import state
+from raymed.config import UserError, to_json
+from raymed.doctor import __main__ as command
+from raymed.doctor import runner
+from raymed.doctor.checks import CHECKS, Check
+from raymed.doctor.finding import failure, ok, warning
+from raymed.doctor.head import read
+from raymed.doctor.one import look
+from raymed.doctor.place import Place, Sweep, find
+
+HANGS = """
+import subprocess, time
+print(subprocess.Popen(["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def instead(monkeypatch, code: str) -> None:
+    """What runs in place of a check."""
+    popen = subprocess.Popen
+
+    def start(words, **options):
+        return popen([sys.executable, "-c", code], **options)
+
+    monkeypatch.setattr(runner.subprocess, "Popen", start)
+
+
+def test_a_check_that_hangs_is_ended_with_what_it_started(monkeypatch, tmp_path):
+    path = tmp_path / "pid"
+    instead(monkeypatch, f"import sys; sys.stdout = open({str(path)!r}, 'w')\n{HANGS}")
+    finding = runner.run(replace(CHECKS[0], seconds=1.5), Place(), os.environ)
+    assert finding.level == "failure" and "no answer within 1.5 s" in finding.found
+    assert f"--only '{CHECKS[0].name}'" in finding.remedy and finding.seconds < 10
+    child, until = int(path.read_text()), time.monotonic() + 10
+    while psutil.pid_exists(child) and psutil.Process(child).status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < until
+
+
+def test_a_check_that_dies(monkeypatch):
+    instead(monkeypatch, "import os, sys; print('the last words', file=sys.stderr, flush=True); os.abort()")
+    finding = runner.run(CHECKS[0], Place(), os.environ)
+    assert finding.level == "failure" and "ended with code -6: the last words" in finding.found
+
+
+def raising(error: Exception) -> Check:
+    def check(place: Place):
+        raise error
+
+    return Check("this", check)
+
+
+def test_errors_are_findings():
+    assert look(raising(UserError("a is b: do c")), Place()) == failure("a is b", "do c")
+    assert look(raising(UserError("a is b")), Place()).found == "a is b"
+    unforeseen = look(raising(KeyError("x")), Place())
+    assert (
+        unforeseen.level == "failure" and unforeseen.found == "KeyError: 'x'" and "--only 'this'" in unforeseen.remedy
+    )
+
+
+def test_where_ray_does_not_answer_the_rest_is_left_out(monkeypatch):
+    monkeypatch.setattr(
+        runner, "run", lambda check, *_: replace(failure("", "") if check.name == "Ray" else ok(""), name=check.name)
+    )
+    names = [finding.name for finding in runner.examine(Place(ray="there:1"), {}, (), lambda finding: None)]
+    assert "Ray" in names and "versions" in names
+    assert not [name for name in names if name.startswith("nodes:") or name == "Ray's token"]
+
+
+@pytest.mark.parametrize(("finding", "code"), [(ok("x"), 0), (warning("x", "y"), 0), (failure("x", "y"), 1)])
+def test_exit_code_json_and_table(finding, code, monkeypatch, capsys):
+    monkeypatch.setattr(runner, "_asked", lambda *_: replace(finding, found="at http://me:secret@host/"))
+    assert command.main(command.Doctor(json=True, only=("storage",))) == code
+    said = json.loads(capsys.readouterr().out)
+    assert said["ok"] is (code == 0)
+    one = said["findings"][0]
+    assert one | {"seconds": 0} == {
+        "level": finding.level, "found": "at http://host/", "remedy": finding.remedy, "name": "storage", "seconds": 0,
+    }  # fmt: skip
+    assert command.main(command.Doctor(only=("storage",))) == code
+    table = capsys.readouterr().out
+    assert "storage" in table and finding.level in table and ("do: y" in table) is bool(finding.remedy)
+    assert "secret" not in table
+
+
+def test_flags_that_are_wrong():
+    for flags, said in (
+        (["--only", "storge"], "did you mean 'storage'?"),
+        (["--trials", "-1"], "--trials must be >= 0"),
+        (["--trials", "2", "--workers", "0"], "--workers must be >= 1"),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "raymed.doctor", *flags], capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 2 and said in done.stdout + done.stderr, done
+
+
+def test_what_is_examined(monkeypatch):
+    """The cluster that is up, else what the environment names."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://here:5000/")
+    monkeypatch.setenv("RAY_ADDRESS", "http://here:8265")
+    monkeypatch.setenv("RAYMED_HOME", "/here")
+    place, environment = find(None, (), True, Sweep(), None)
+    assert place == Place(storage="/here", dashboard="http://here:8265", mlflow="http://here:5000")
+    assert "RAY_ADDRESS" not in environment, "a driver would take it for a cluster's"
+
+    monkeypatch.setenv("RAY_ADDRESS", "here:6379")
+    assert find("s3://b/x", (), True, Sweep(), None)[0].s3 == "https://s3.amazonaws.com"
+    assert find(None, (), True, Sweep(), None)[0].ray == "here:6379"
+
+    cluster = state.Cluster(
+        "local",
+        {
+            "ray": "127.0.0.1:1",
+            "dashboard": "http://127.0.0.1:2",
+            "mlflow": "http://127.0.0.1:3",
+            "s3": "http://127.0.0.1:4",
+        },
+        {"RAYMED_HOME": "s3://raymed", "MLFLOW_TRACKING_PASSWORD": "p"},
+    )
+    place, environment = find(None, (), False, Sweep(2), cluster)
+    assert place == Place(
+        "s3://raymed",
+        "127.0.0.1:1",
+        "http://127.0.0.1:2",
+        "http://127.0.0.1:3",
+        "http://127.0.0.1:4",
+        (),
+        False,
+        Sweep(2),
+    )
+    assert environment["RAY_ADDRESS"] == "127.0.0.1:1"
+    far = state.Cluster("onprem", {"dashboard": "http://127.0.0.1:2"}, {})
+    there, of_there = find(None, (), True, Sweep(), far)
+    assert there.ray is None and "RAY_ADDRESS" not in of_there, "the one of the shell is another cluster"
+    assert environment["MLFLOW_TRACKING_PASSWORD"] == "p"
+    assert set(place.services()) == {"dashboard", "MLflow", "S3"}
+
+
+def test_a_machine_without_a_cluster(monkeypatch, capsys):
+    monkeypatch.setattr(command, "examine", lambda *_: [ok("x")])
+    assert command.main(command.Doctor(json=True)) == 0
+    assert "no cluster is up" in json.loads(capsys.readouterr().out)["findings"][-1]["found"]
+
+
+def test_what_the_head_says():
+    findings = {
+        "ok": False,
+        "findings": [{"level": "failure", "found": "x", "remedy": "y", "name": "Ray", "seconds": 1}],
+    }
+    [one] = read(f"a line of Ray's\n{to_json(findings)}another line\n")
+    assert one.name == "head: Ray" and one.level == "failure" and one.remedy == "y"
+    [failed] = read("2026 Traceback\nNo module named raymed.doctor\n")
+    assert failed.level == "failure" and "No module named raymed.doctor" in failed.found and "install" in failed.remedy
