@@ -50,4 +50,4 @@ def test_memory_is_linear(megabytes):
 
 def test_a_version_that_keeps_the_logits_is_found_out(megabytes):
     assert not linear(*megabytes[1])
-    assert megabytes[1][1] > 2.5 * megabytes[1][0]
+    assert megabytes[1][1] > 512  # the logits and what comes of them, 256 MB each
