@@ -53,7 +53,8 @@ class Preprocess:
 
         Resampling is bilinear and antialiased.
         """
-        return self._fit(_planes(pixels, self.channels), _resize)
+        planes = self._fit(_planes(pixels, self.channels), _resize)
+        return np.repeat(planes, self.channels, axis=2) if planes.shape[2] < self.channels else planes
 
     def to_region(self, mask: np.ndarray) -> np.ndarray:
         """(H, W) bool, a part of an image -> (size, size) bool, the same part of what `to_array` makes of that image.
@@ -96,10 +97,10 @@ class Preprocess:
 
 
 def _planes(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """(H, W) or (H, W, 3) -> (H, W, channels): luminance of RGB, or the grey value three times."""
+    """(H, W) or (H, W, 3) -> (H, W, 1 or 3): those that differ. RGB becomes its luminance where one is wanted."""
     if pixels.ndim == 3 and channels == 1:
         return np.round(pixels @ _LUMINANCE).astype(pixels.dtype)[..., None]
-    return pixels if pixels.ndim == 3 else np.repeat(pixels[..., None], channels, axis=2)
+    return pixels if pixels.ndim == 3 else pixels[..., None]
 
 
 def _square_middle(planes: np.ndarray) -> np.ndarray:
@@ -113,7 +114,7 @@ def _resize(planes: np.ndarray, height: int, width: int) -> np.ndarray:
     from PIL import Image
 
     def one(plane: np.ndarray) -> np.ndarray:
-        image = Image.fromarray(plane.astype(np.float32))
+        image = Image.fromarray(plane).convert("F")  # without a copy of its own where the rows are contiguous
         return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
 
     resized = np.stack([one(planes[..., c]) for c in range(planes.shape[2])], axis=2)

@@ -67,8 +67,9 @@ def aggregate(scores: ArrayLike, units: ArrayLike, how: Aggregate) -> tuple[np.n
         return scores, units
     check_range("scores", scores, 0, 1)
     order = np.lexsort((scores, units))  # by score within a unit: sums do not depend on the order of rows
-    ids, first, sizes = np.unique(units[order], return_index=True, return_counts=True)
-    scores = scores[order]
+    scores, units = scores[order], units[order]
+    first = np.flatnonzero(np.r_[True, units[1:] != units[:-1]])
+    ids, sizes = units[first], np.diff(first, append=len(units))
     if how == "mean":
         return np.add.reduceat(scores, first) / sizes, ids
     if how == "max":
