@@ -5,7 +5,8 @@
 
 Two classifiers, EfficientNet-B0 at 224 pixels and one that costs nearly nothing, are asked about PNG images of 224
 pixels and of about 1 MB, as raw bodies. Servers, each in processes of its own (bench_serve_peers/; the first, second
-and fourth import nothing from raymed, but put normalisations into convolutions as it does):
+and fourth import nothing from raymed, but put normalisations into convolutions and measure how many threads are
+soonest, as it does):
 
 1. In one process: FastAPI and uvicorn around the same network, with the same weights and image, computed in the event
    loop, which is soonest for one client; LitServe; raymed.
