@@ -10,6 +10,12 @@ PROVIDER ?= local
 
 install: $(VENV)/.installed
 
+ifdef OFFLINE
+ifneq (,$(filter install,$(or $(MAKECMDGOALS),install)))
+.PHONY: $(VENV)/.installed  # whatever was installed before, this pack is wanted now
+endif
+endif
+
 $(VENV)/.installed: pyproject.toml
 ifdef OFFLINE
 	$(PYTHON) $(OFFLINE)/install.py $(VENV) --project .

@@ -3,12 +3,15 @@
     python jobs/promote_model.py --model hsg-supcon-asl --intended-use "Triage of HSG for a radiologist who reads all"
     python jobs/promote_model.py --model hsg-supcon-asl --gate.manifest external.csv     # only if it is no worse
     python jobs/promote_model.py --model hsg-supcon-asl --to challenger                  # for a share of the patients
+    python jobs/promote_model.py --model hsg-supcon-asl --version 3 --release --by "the board" --why "study 12 is done"
     python jobs/promote_model.py --model hsg-supcon-asl --rollback --why "more false alarms since Monday"
     python jobs/promote_model.py --model hsg-supcon-asl --bundle RUN/final/bundle --to candidate   # register it later
     python jobs/promote_model.py --model hsg-supcon-asl --verify                         # is the record as it was?
 
 The version in use has the alias `champion` (models:/NAME@champion), the one before it `rollback`. What is to become
 champion must answer its golden inputs and, with --gate.manifest, must on those images not be worse than the champion.
+Answers of every version are marked "research use only" until that version is released for the use that is stated;
+--restrict, or another stated use, puts the mark back.
 Every decision, a refusal too, is recorded in STORAGE/registry/audit.jsonl: when, by whom, from and to which version,
 with which figures and why.
 """
@@ -32,6 +35,8 @@ from raymed.registry.promote import (
     challenge,
     promote,
     refuse,
+    release,
+    restrict,
     roll_back,
     stated_use,
     withdraw,
@@ -70,6 +75,10 @@ class PromoteModel:
     """Make the champion before this one champion again."""
     withdraw: bool = False
     """Take the alias challenger away: the champion answers everybody."""
+    release: bool = False
+    """Take the mark "research use only" away from --version, for the use that is stated; --by and --why are needed."""
+    restrict: bool = False
+    """Put that mark back on --version."""
     verify: bool = False
     """Only look whether every recorded decision, about whatever model, is there and as it was written."""
     bundle: str | None = None
@@ -91,6 +100,9 @@ class PromoteModel:
             raise UserError(f"--{alone[0]} {about}: leave out version, bundle, to, and others of its kind")
         if self.version is not None and self.bundle is not None:
             raise UserError("give --version or --bundle, not both")
+        marks = [name for name in ("release", "restrict") if getattr(self, name)]
+        if marks and (self.version is None or self.to != CHAMPION or len(alone + marks) > 1):
+            raise UserError(f"--{marks[0]} is about one --version: name it, and leave out to, and others of its kind")
         if self.force and not is_stated(self.why):
             raise UserError('--force takes a responsibility: say why, --why "..."')
 
@@ -101,27 +113,35 @@ def change(config: PromoteModel) -> str:
     client, audit, name = connect(config.tracking, storage), Audit(storage), config.model
     told = {"by": config.by, "why": config.why}
     if config.verify:
-        num = audit.verify(anchors(client))
-        return f"{num} recorded decision{'s' * (num != 1)}, each as it was written: {audit.path}"
+        held = anchors(client)
+        num, others = audit.verify(held), len(audit.others(held))
+        elsewhere = f"\n{others} more stand in the logs of other storages: verify them there" if others else ""
+        return f"{num} recorded decision{'s' * (num != 1)}, each as it was written: {audit.path}{elsewhere}"
     if config.withdraw:
         return f"challenger: none (was {name} version {withdraw(client, name, **told, audit=audit)})"
     if config.rollback:
         record = roll_back(client, name, **told, audit=audit)
         return f"champion: {name} version {record['to_version']} (was {record['from_version']})"
     version = _version(client, config, audit)
+    if config.release:
+        release(client, version, config.intended_use, **told, audit=audit)
+        return f"released from research use: {name} version {version.version}"
+    if config.restrict:
+        restrict(client, version, **told, audit=audit)
+        return f"for research use only: {name} version {version.version}"
     if config.to == CANDIDATE:
         client.set_registered_model_alias(name, CANDIDATE, version.version)
         return f"candidate: {name} version {version.version}"
     use = stated_use(version, config.intended_use)
     run = RunConfig(storage=config.storage, tracking=config.tracking)
-    passed = gates(client, version, config.gate, config.data, run)
+    passed, compared = gates(client, version, config.gate, config.data, run)
     if not config.force and any(gate.passed is False for gate in passed):
-        refuse(client, version, passed, **told, audit=audit)
+        refuse(client, version, passed, **told, compared=compared, audit=audit)
     lines = "".join(f"\n    {gate}" for gate in passed)
     if config.to == CHALLENGER:
-        challenge(client, version, use, **told, gates=passed, audit=audit)
+        challenge(client, version, use, **told, gates=passed, compared=compared, audit=audit)
         return f"challenger: {name} version {version.version}{lines}"
-    record = promote(client, version, use, **told, gates=passed, audit=audit)
+    record = promote(client, version, use, **told, gates=passed, compared=compared, audit=audit)
     return f"champion: {name} version {record['to_version']} (was {record['from_version'] or 'none'}){lines}"
 
 

@@ -21,6 +21,8 @@ FORMAT = 3
 """1: without contract, calibration, uncertain_band, ood, licences, intended_use and extras. 2: without golden. Both are
 still read."""
 NOT_STATED = "not stated"
+RELEASE = ("research_only", "released_by")
+"""Of a contract: what only people decide, like the intended use."""
 _JSON = "bundle.json"
 L = TypeVar("L", str, Path)
 _TENSORS = {"weights": "model.safetensors", "extras": "extras.safetensors"}
@@ -35,9 +37,10 @@ class Bundle:
     chosen. metrics. provenance: run, data fingerprint, versions.
 
     contract: what an input must be: modality, body part, size, channels, photometric interpretation, bits, views, file
-    kinds. calibration: from logit to probability. uncertain_band: the scores whose decision is not to be trusted. ood:
-    how a foreign input is recognised, with the statistics in extras. licences: {"weights": {"name", "source"}, "data":
-    {"name", "source"}}. intended_use: a text that only people can write; NOT_STATED until they do. golden: what it
+    kinds; research_only is false, and released_by somebody, once it was released from research use. calibration: from
+    logit to probability. uncertain_band: the scores whose decision is not to be trusted. ood: how a foreign input is
+    recognised, with the statistics in extras. licences: {"weights": {"name", "source"}, "data": {"name", "source"}}.
+    intended_use: a text that only people can write; NOT_STATED until they do. golden: what it
     answers on drawn patterns (`raymed.tasks.golden`).
     """
 

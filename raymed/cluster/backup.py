@@ -170,6 +170,7 @@ def _places(place: Place) -> tuple[Location, _Mlflow]:
         cluster = state.required()
         os.environ.update(cluster.environment)
         kept = kept or join(os.environ["RAYMED_HOME"], "mlflow")
+        _check_reached(cluster, kept)
         if cluster.provider == "local":
             kept, os.environ["RAYMED_LOCAL"] = str(state.folder() / "data/mlflow"), str(state.folder() / "local")
     local = storage_folder(place.storage)
@@ -187,6 +188,16 @@ def _places(place: Place) -> tuple[Location, _Mlflow]:
     return storage, _Mlflow(
         Path(uri.removeprefix("sqlite:///")), root if is_remote(storage) else local / "mlartifacts", root
     )
+
+
+def _check_reached(cluster: state.Cluster, mlflow: str) -> None:
+    """Raise UserError where the storage is a folder of the cluster's machines: one of that name here is another."""
+    storage = cluster.environment["RAYMED_HOME"]
+    if cluster.provider != "local" and not is_remote(storage):
+        raise UserError(
+            f"the cluster's storage, {storage}, is a folder of its machines: start this on one that has it, with "
+            f"--storage {storage} --mlflow {mlflow} in place of --cluster"
+        )
 
 
 def _is_kept(name: str, checkpoints: bool) -> bool:

@@ -24,6 +24,8 @@ STOPPED = 130
 """Exit code of a job that was stopped, and of whoever stops following one."""
 NAME = re.compile(r".+-[0-9a-f]{6}")
 """Of jobs that were submitted from here; no part of a cluster is called so."""
+DOCTOR = "doctor"
+"""Stands for the file in the names of the doctor's own jobs (`raymed.doctor.head`)."""
 _ANSWER_SECONDS = 15.0
 _QUIET_SECONDS = 10.0  # a log that says nothing for so long may be of a machine that is gone
 _AGAIN_SECONDS = 1.0
@@ -105,13 +107,17 @@ def names(ray: "JobSubmissionClient") -> list[str]:
 
 
 def found(ray: "JobSubmissionClient", name: str | None, others: Sequence[str] = ()) -> str:
-    """The name of a job; None: the last one. Raises UserError for an unknown one, and lists the jobs and `others`."""
+    """The name of a job; None: the last one that is not the doctor's. Raises UserError for an unknown one, and lists
+    the jobs and `others`."""
     known = names(ray)
-    if name is None and not known:
-        raise UserError("no job was submitted to this cluster: make submit JOB=jobs/train_classifier.py")
-    if name is not None and name not in known:
+    if name is None:
+        own = [job for job in known if job.rpartition("-")[0] != DOCTOR]
+        if not own:
+            raise UserError("no job was submitted to this cluster: make submit JOB=jobs/train_classifier.py")
+        return own[0]
+    if name not in known:
         raise UserError(f"there is no {name!r}; there are {', '.join([*known[:10], *others]) or 'no jobs'}")
-    return name or known[0]
+    return name
 
 
 def follow(ray: "JobSubmissionClient", name: str) -> int:

@@ -5,10 +5,15 @@
 The variables RAYMED_HOME (the storage), MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD say the rest. Models and
 files go to STORAGE/mlflow/artifacts at once, the database to STORAGE/mlflow/mlflow.db every minute and at the end
 (SIGTERM): a machine that is lost without a word takes a minute of figures with it. Users are made anew at each start.
+
+A folder may still have the database of an earlier time, while another machine, or a backup that was restored, has
+brought a later one to the storage. So FOLDER/kept.sha256 says what this folder and the storage last had in common.
 """
 
+import hashlib
 import os
 import secrets
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,9 +26,10 @@ from tempfile import TemporaryDirectory
 
 from raymed.config import UserError, check_range
 from raymed.storage.locations import exists, join, read_bytes, write_bytes
+from raymed.storage.paths import write_atomic
 
 DATABASE = "mlflow.db"
-_KEPT = "mlflow"
+_KEPT, _IN_COMMON, _REPLACED = "mlflow", "kept.sha256", "replaced"
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,19 @@ class MlflowConfig:
 
 
 def take_back(folder: Path, storage: str) -> bool:
-    """Put the kept database into the folder, if there is one and the folder has none. Whether that was done."""
+    """Put the kept database into the folder, if there is one, unless that is what the folder itself brought there: its
+    own is newer then. One of an earlier time goes to FOLDER/replaced. Whether that was done."""
     kept = join(storage, _KEPT, DATABASE)
-    if (folder / DATABASE).exists() or not exists(kept):
+    if not exists(kept):
         return False
-    (folder / DATABASE).write_bytes(read_bytes(kept))
+    data = read_bytes(kept)
+    in_common = folder / _IN_COMMON
+    if (folder / DATABASE).exists():
+        if in_common.is_file() and in_common.read_text() == _digest(data):
+            return False
+        _put_aside(folder)
+    write_atomic(folder / DATABASE, data)
+    write_atomic(in_common, _digest(data))
     return True
 
 
@@ -60,7 +74,22 @@ def keep(folder: Path, storage: str) -> None:
         copy = Path(scratch) / DATABASE
         with closing(sqlite3.connect(folder / DATABASE)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
-        write_bytes(join(storage, _KEPT, DATABASE), copy.read_bytes())
+        data = copy.read_bytes()
+        write_bytes(join(storage, _KEPT, DATABASE), data)
+        write_atomic(folder / _IN_COMMON, _digest(data))
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _put_aside(folder: Path) -> None:
+    """The database with its journals, which sqlite would apply to the next one; the database last, so that an end in
+    between leaves no journal without it."""
+    shutil.rmtree(folder / _REPLACED, ignore_errors=True)
+    (folder / _REPLACED).mkdir()
+    for path in sorted(folder.glob(f"{DATABASE}*"), reverse=True):
+        path.rename(folder / _REPLACED / path.name)
 
 
 def run(config: MlflowConfig) -> str:

@@ -22,6 +22,7 @@ import tyro
 
 from raymed.cluster import state
 from raymed.cluster.state import Cluster, write_private
+from raymed.cluster.whole import keep_out
 from raymed.config import UserError, check_range
 
 TOKEN = "RAYMED_SERVE_TOKEN"
@@ -51,6 +52,7 @@ def write(config: Monitoring, cluster: Cluster) -> list[str]:
     folder = config.folder.absolute()
     try:
         shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
+        keep_out(folder)  # the token of the server of models will be in it
         _change(folder / "prometheus.yml", lambda content: _prometheus(content, cluster, folder))
         url = f"http://127.0.0.1:{config.prometheus_port}"
         _change(folder / "grafana/datasources/raymed.yaml", lambda content: content["datasources"][0].update(url=url))

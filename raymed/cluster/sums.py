@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE = "SHA256SUMS"
+IGNORE = ".gitignore"
+"""Of the folder itself. It has no sum: `cp FOLDER/* TO` leaves it behind."""
 
 
 def of(path: Path) -> str:
@@ -35,8 +37,8 @@ def damage(folder: Path) -> list[str]:
 
 
 def _names(folder: Path) -> Iterator[str]:
-    """Relative names of all files but the list itself; of Python's caches none."""
+    """Relative names of all files but the list itself and the folder's IGNORE; of Python's caches none."""
     for place, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if name != "__pycache__")
         names = sorted(Path(place, file).relative_to(folder).as_posix() for file in files)
-        yield from (name for name in names if name != FILE)
+        yield from (name for name in names if name not in (FILE, IGNORE))

@@ -11,6 +11,8 @@ from raymed.config import UserError
 from raymed.storage.leftovers import sweep, temporary
 from raymed.storage.paths import not_written
 
+_EVERYTHING = "*\n"
+
 
 @contextmanager
 def new_folder(folder: Path, mode: int = 0o755) -> Iterator[Path]:
@@ -24,6 +26,7 @@ def new_folder(folder: Path, mode: int = 0o755) -> Iterator[Path]:
         making = temporary(folder)
         making.mkdir(mode=mode)
         try:
+            keep_out(making)
             yield making
             sums.write(making)
             os.replace(making, folder)
@@ -31,6 +34,19 @@ def new_folder(folder: Path, mode: int = 0o755) -> Iterator[Path]:
             shutil.rmtree(making, ignore_errors=True)
     except OSError as error:
         raise not_written(folder, error) from error
+
+
+def keep_out(folder: Path) -> None:
+    """Let git, jobs that are submitted and offline packs pass over a folder that may lie in the project's. A .gitignore
+    that is there stays."""
+    if not (folder / sums.IGNORE).exists():
+        (folder / sums.IGNORE).write_text(_EVERYTHING)
+
+
+def is_kept_out(folder: Path) -> bool:
+    """Whether `keep_out` was told of it."""
+    ignore = folder / sums.IGNORE
+    return ignore.is_file() and ignore.read_text(errors="replace") == _EVERYTHING
 
 
 def check(folder: Path, what: str) -> None:

@@ -27,7 +27,8 @@ class Doctor(Sweep):
     nodes: bool = True
     """Start something on every node of the cluster too."""
     storage: str | None = None
-    """A folder or s3://BUCKET/PREFIX; default: that of the cluster, else $RAYMED_HOME."""
+    """A folder or s3://BUCKET/PREFIX; default: that of the cluster (of one elsewhere on its head alone), else
+    $RAYMED_HOME."""
     reach: tuple[str, ...] = ()
     """Further URLs that have to be reached, and whose certificates have to be believed."""
     only: tuple[str, ...] = field(default=())

@@ -19,7 +19,7 @@ _INSTALL = "install raymed on the head, into the environment that `ray start` ru
 
 def on_head(cluster: state.Cluster, config: Any) -> list[Finding]:
     """What `python -m raymed.doctor` with these flags (`raymed.doctor.__main__.Doctor`) finds on the head."""
-    name, until = f"doctor-{secrets.token_hex(3)}", time.monotonic() + _SECONDS
+    name, until = f"{jobs.DOCTOR}-{secrets.token_hex(3)}", time.monotonic() + _SECONDS
     # There the environment of the nodes says what is to be looked at.
     elsewhere: dict[str, Any] = {"env_vars": {"RAYMED_CLUSTER": "/nowhere"}}
     try:

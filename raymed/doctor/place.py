@@ -43,6 +43,8 @@ class Place:
     nodes: bool = True
     """Whether to start something on every node."""
     sweep: Sweep = Sweep()
+    has_storage: bool = True
+    """Whether the storage is this machine's to look at; that of a cluster elsewhere is its head's."""
 
     def services(self) -> dict[str, str]:
         """URL by name of what has to answer."""
@@ -60,11 +62,14 @@ def find(
     is_url = address.startswith(("http://", "https://"))
     if is_url:
         environment.pop("RAY_ADDRESS")  # the jobs' client takes a URL, drivers do not
-    if cluster and "ray" not in known:
-        # What is set is another cluster's; this one, and its sweeps, are looked at on its head (`raymed.doctor.head`).
+    is_far = cluster is not None and "ray" not in known
+    if is_far:
+        # What is set is another cluster's. This one, its sweeps, and its storage, which is a path on its nodes or has
+        # keys that they alone know, are looked at on its head (`raymed.doctor.head`).
         address, sweep = "", Sweep()
         environment.pop("RAY_ADDRESS", None)
-    storage = storage or environment.get("RAYMED_HOME")
+    has_storage = not is_far or storage is not None
+    storage = storage or (None if is_far else environment.get("RAYMED_HOME"))
     place = Place(
         storage=storage,
         ray=known.get("ray") or (None if is_url else address) or None,
@@ -74,6 +79,7 @@ def find(
         reach=reach,
         nodes=nodes,
         sweep=sweep,
+        has_storage=has_storage,
     )
     if place.ray:
         environment["RAY_ADDRESS"] = place.ray

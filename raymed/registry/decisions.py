@@ -1,34 +1,42 @@
 """A decision about a model stands in the log before anything is done, and MLflow holds its line.
 
-    raymed.audit.NUMBER.SHA256    a tag of the registered model for every line about it, never changed or removed
+    raymed.audit.NUMBER.SHA256    a tag of the registered model for every line about it, never changed or removed: the
+                                  line's sha256, and which log it stands in (`Audit.origin`)
 
 Each line of the log names the one before it, so that the tag of a line holds all that stood there before: whoever cuts
 the log's end leaves a tag that names what is missing. What then could not be done, or not to its end, is a line too.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from raymed.bundle import NOT_STATED
 from raymed.config import UserError
-from raymed.registry.audit import Audit
+from raymed.registry.audit import Anchor, Audit
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 
-ANCHOR, INTENDED_USE = "raymed.audit.", "raymed.intended_use"  # tags of a model, and of a version
+ANCHOR = "raymed.audit."  # tags of a model
+INTENDED_USE, RELEASED = "raymed.intended_use", "raymed.released_by"  # tags of a version
 NOT_DONE, IN_PART, NOT_KNOWN = "not done", "done in part", "not known"
 _SHOWN = 12
 """Digits of a line's sha256 in the name of its tag."""
+
+
+def alone(audit: Audit | None) -> AbstractContextManager[None]:
+    """Between what is read and what is then decided nobody else decides in this storage (`Audit.alone`)."""
+    return audit.alone() if audit else nullcontext()
 
 
 @contextmanager
 def on_record(
     client: "MlflowClient", audit: Audit | None, version: "ModelVersion", record: dict[str, Any]
 ) -> Iterator[dict[str, str]]:
-    """Put a decision on record, then do it in the block. Gives {"audit": sha256 of its line}; {} without a log.
+    """Put a decision on record, then do it in the block. Gives {"audit": sha256 of its line} and which log it stands in
+    (`Audit.origin`); {} without a log.
 
     version: what is decided about. Where the block fails, the registry is asked what became of the decision, and a
     second line says so: "not done" (all is as before), "done in part" or "not known" (the registry does not answer),
@@ -37,9 +45,9 @@ def on_record(
     before = _state(client, version)
     entry = audit.add(**record) if audit else {}
     try:
-        if entry:
-            _anchor(client, entry)
-        yield {"audit": entry["sha256"]} if entry else {}
+        if audit:
+            _anchor(client, audit, entry)
+        yield {"audit": entry["sha256"], **audit.origin()} if audit else {}
     except BaseException as error:
         now = _state_now(client, version)
         outcome = NOT_KNOWN if now is None else NOT_DONE if now == before else IN_PART
@@ -55,18 +63,22 @@ def put_on_record(client: "MlflowClient", audit: Audit, **what: Any) -> None:
     """Add a line after which nothing is done. Where MLflow cannot hold it, the next line that it holds does."""
     entry = audit.add(**what)
     with suppress(Exception):
-        _anchor(client, entry)
+        _anchor(client, audit, entry)
 
 
-def held(model: "RegisteredModel") -> dict[str, str]:
-    """sha256 of the lines that a registered model holds -> what they are."""
-    tags = {key: sha256 for key, sha256 in model.tags.items() if key.startswith(ANCHOR)}
-    return {sha256: f"decision {int(key.split('.')[2])}, about {model.name}" for key, sha256 in tags.items()}
+def held(model: "RegisteredModel") -> dict[str, Anchor]:
+    """The lines that a registered model holds, by their sha256."""
+    tags = {key: value.split() for key, value in model.tags.items() if key.startswith(ANCHOR)}
+    numbers = {key: int(key.split(".")[2]) for key in tags}
+    return {
+        sha256: Anchor(f"decision {numbers[key]}, about {model.name}", *origin)
+        for key, (sha256, *origin) in tags.items()
+    }
 
 
-def _anchor(client: "MlflowClient", entry: dict[str, Any]) -> None:
-    tag = f"{ANCHOR}{entry['number']:04d}.{entry['sha256'][:_SHOWN]}"
-    client.set_registered_model_tag(entry["model"], tag, entry["sha256"])
+def _anchor(client: "MlflowClient", audit: Audit, entry: dict[str, Any]) -> None:
+    tag, origin = f"{ANCHOR}{entry['number']:04d}.{entry['sha256'][:_SHOWN]}", audit.origin()
+    client.set_registered_model_tag(entry["model"], tag, f"{entry['sha256']} {origin['log']} {origin['place']}")
 
 
 def _state(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
@@ -76,6 +88,7 @@ def _state(client: "MlflowClient", version: "ModelVersion") -> dict[str, Any]:
     return {
         "aliases": {alias: int(number) for alias, number in sorted(aliases.items())},
         "intended_use": tags.get(INTENDED_USE, NOT_STATED),
+        "released_by": tags.get(RELEASED, NOT_STATED),
     }
 
 

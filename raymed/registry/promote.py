@@ -5,10 +5,13 @@
     challenger   the version that answers a share of the patients, where a server was told so
     rollback     the champion before this one
 
+Whatever bears which alias, a version is for research only until somebody releases it for the use that is stated.
+
 Every change of the champion is a tag of the version that became it, `raymed.promotion.N`, which nothing here ever
 changes or removes, and the whole history of the model is written as `promotions.jsonl` among the artifacts of that
-version's run. Where a log of decisions is kept (`raymed.registry.audit`), nothing is done before it stands there
-(`raymed.registry.decisions`). What broke off half-way is completed by deciding the same again.
+version's run. From looking at the aliases to moving them one storage decides alone; another storage, or a person at
+MLflow, may move them in between. Where a log of decisions is kept (`raymed.registry.audit`), nothing is done before it
+stands there (`raymed.registry.decisions`). What broke off half-way is completed by deciding the same again.
 """
 
 import json
@@ -21,20 +24,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymed.bundle import NOT_STATED
+from raymed.bundle import NOT_STATED, RELEASE
 from raymed.config import UserError, to_json
-from raymed.registry.audit import Audit
+from raymed.registry.audit import Anchor, Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
-from raymed.registry.decisions import INTENDED_USE, held, on_record, put_on_record
+from raymed.registry.decisions import INTENDED_USE, RELEASED, alone, held, on_record, put_on_record
 from raymed.registry.gates import Gate
-from raymed.registry.store import BUNDLE, alias_of, fetch_bundle
+from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, version_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION, CHALLENGER, ROLLBACK = "candidate", "champion", "challenger", "rollback"
+ANY = 0
+"""No version has this number: whichever is champion."""
 PROMOTION, FIGURES, MODEL_ID = "raymed.promotion.", "raymed.figures", "raymed.model_id"  # tags of a version
 
 
@@ -46,26 +51,29 @@ def promote(
     by: str = NOT_STATED,
     why: str = NOT_STATED,
     gates: Sequence[Gate] = (),
+    compared: int | None = ANY,
     audit: Audit | None = None,
 ) -> dict[str, Any]:
     """Make a version the champion and the champion so far the rollback; the card says what the model is for. A
     challenger that wins is no challenger any more.
 
-    gates: what it was held to, for the record. Returns the record. Raises UserError when nobody says, and nobody has
-    said, what the model is for.
+    gates: what it was held to, for the record. compared: the champion that they were about, None where there was none.
+    Returns the record. Raises UserError when nobody says, and nobody has said, what the model is for, and when another
+    version has become champion since.
     """
     intended_use = stated_use(version, intended_use)
-    before = alias_of(client, version.name, CHAMPION)
-    record = _described("promote", version, before, version, by, why, gates) | {"intended_use": intended_use}
-    with on_record(client, audit, version, record) as line:
-        _state_use(client, version, intended_use)
-        if before is not None and int(before.version) != int(version.version):
-            client.set_registered_model_alias(version.name, ROLLBACK, before.version)
-        client.set_registered_model_alias(version.name, CHAMPION, version.version)
-        challenger = alias_of(client, version.name, CHALLENGER)
-        if challenger is not None and int(challenger.version) == int(version.version):
-            client.delete_registered_model_alias(version.name, CHALLENGER)
-        return _record(client, version, record | line)
+    with alone(audit):
+        before = _champion(client, version.name, compared)
+        record = _described("promote", version, before, version, by, why, gates) | {"intended_use": intended_use}
+        with on_record(client, audit, version, record) as line:
+            _state_use(client, version, intended_use)
+            if before is not None and int(before.version) != int(version.version):
+                client.set_registered_model_alias(version.name, ROLLBACK, before.version)
+            client.set_registered_model_alias(version.name, CHAMPION, version.version)
+            challenger = alias_of(client, version.name, CHALLENGER)
+            if challenger is not None and int(challenger.version) == int(version.version):
+                client.delete_registered_model_alias(version.name, CHALLENGER)
+            return _record(client, version, record | line)
 
 
 def roll_back(
@@ -75,16 +83,17 @@ def roll_back(
 
     It is held to nothing: it was champion. Raises UserError when there is no rollback.
     """
-    before, version = alias_of(client, name, CHAMPION), alias_of(client, name, ROLLBACK)
-    if version is None:
-        raise UserError(f"{name} has no version with the alias {ROLLBACK}: there is nothing to go back to")
-    use = version.tags.get(INTENDED_USE, NOT_STATED)
-    record = _described("roll back", version, before, version, by, why) | {"intended_use": use}
-    with on_record(client, audit, version, record) as line:
-        client.set_registered_model_alias(name, CHAMPION, version.version)
-        written = _record(client, version, record | line)
-        client.delete_registered_model_alias(name, ROLLBACK)  # last: until then the same can be decided again
-        return written
+    with alone(audit):
+        before, version = alias_of(client, name, CHAMPION), alias_of(client, name, ROLLBACK)
+        if version is None:
+            raise UserError(f"{name} has no version with the alias {ROLLBACK}: there is nothing to go back to")
+        use = version.tags.get(INTENDED_USE, NOT_STATED)
+        record = _described("roll back", version, before, version, by, why) | {"intended_use": use}
+        with on_record(client, audit, version, record) as line:
+            client.set_registered_model_alias(name, CHAMPION, version.version)
+            written = _record(client, version, record | line)
+            client.delete_registered_model_alias(name, ROLLBACK)  # last: until then the same can be decided again
+            return written
 
 
 def challenge(
@@ -95,35 +104,50 @@ def challenge(
     by: str = NOT_STATED,
     why: str = NOT_STATED,
     gates: Sequence[Gate] = (),
+    compared: int | None = ANY,
     audit: Audit | None = None,
 ) -> None:
-    """Let a version answer the share of patients that servers were told. It answers people: raises UserError when
-    nobody says, and nobody has said, what it is for."""
+    """Let a version answer the share of patients that servers were told. It answers people: raises UserError as
+    `promote`."""
     intended_use = stated_use(version, intended_use)
-    before = alias_of(client, version.name, CHALLENGER)
-    record = _described("challenge", version, before, version, by, why, gates) | {"intended_use": intended_use}
-    with on_record(client, audit, version, record):
-        _state_use(client, version, intended_use)
-        client.set_registered_model_alias(version.name, CHALLENGER, version.version)
+    with alone(audit):
+        _champion(client, version.name, compared)
+        before = alias_of(client, version.name, CHALLENGER)
+        record = _described("challenge", version, before, version, by, why, gates) | {"intended_use": intended_use}
+        with on_record(client, audit, version, record):
+            _state_use(client, version, intended_use)
+            client.set_registered_model_alias(version.name, CHALLENGER, version.version)
 
 
 def withdraw(
     client: "MlflowClient", name: str, *, by: str = NOT_STATED, why: str = NOT_STATED, audit: Audit | None = None
 ) -> int:
     """Let the champion answer everybody; returns the version that was challenger. Raises UserError when none is."""
-    before = alias_of(client, name, CHALLENGER)
-    if before is None:
-        raise UserError(f"{name} has no version with the alias {CHALLENGER}: the champion answers everybody")
-    with on_record(client, audit, before, _described("withdraw", before, before, None, by, why)):
-        client.delete_registered_model_alias(name, CHALLENGER)
+    with alone(audit):
+        before = alias_of(client, name, CHALLENGER)
+        if before is None:
+            raise UserError(f"{name} has no version with the alias {CHALLENGER}: the champion answers everybody")
+        with on_record(client, audit, before, _described("withdraw", before, before, None, by, why)):
+            client.delete_registered_model_alias(name, CHALLENGER)
     return int(before.version)
 
 
 def refuse(
-    client: "MlflowClient", version: "ModelVersion", gates: Sequence[Gate], *, by: str, why: str, audit: Audit
+    client: "MlflowClient",
+    version: "ModelVersion",
+    gates: Sequence[Gate],
+    *,
+    by: str,
+    why: str,
+    compared: int | None = ANY,
+    audit: Audit,
 ) -> None:
-    """Put on record that a version was not promoted, and raise UserError that says why."""
-    before = alias_of(client, version.name, CHAMPION)
+    """Put on record that a version was not promoted, in the place of the one that it was compared with, and raise
+    UserError that says why."""
+    if compared == ANY:
+        before = alias_of(client, version.name, CHAMPION)
+    else:
+        before = None if compared is None else version_of(client, version.name, compared)
     put_on_record(client, audit, **_described("refuse", version, before, version, by, why, gates))
     why_not = "\n".join(f"    {gate}" for gate in gates)
     raise UserError(
@@ -132,12 +156,49 @@ def refuse(
     )
 
 
-def anchors(client: "MlflowClient") -> dict[str, str]:
-    """sha256 of lines of the log -> what names them in MLflow: the tags of every model, and records of promotions."""
-    found: dict[str, str] = {}
+def release(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    intended_use: str = NOT_STATED,
+    *,
+    by: str,
+    why: str,
+    audit: Audit | None = None,
+) -> None:
+    """Take the mark "research use only" away from a version, for the use that is stated. Raises UserError when nobody
+    says, and nobody has said, what it is for, and unless it is said who releases it and why."""
+    if not (is_stated(by) and is_stated(why)):
+        raise UserError('a release takes a responsibility: say who and why, --by "..." --why "..."')
+    intended_use = stated_use(version, intended_use)
+    record = _described("release", version, version, version, by, why) | {"intended_use": intended_use}
+    with alone(audit), on_record(client, audit, version, record):
+        _state(client, version, intended_use, by)
+
+
+def restrict(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    *,
+    by: str = NOT_STATED,
+    why: str = NOT_STATED,
+    audit: Audit | None = None,
+) -> None:
+    """Put the mark back. Raises UserError for a version that has no use, and so was never released."""
+    if not is_stated(version.tags.get(INTENDED_USE, NOT_STATED)):
+        raise UserError(f"{version.name} version {version.version} was never released: it is for research only")
+    with alone(audit), on_record(client, audit, version, _described("restrict", version, version, version, by, why)):
+        _state(client, version, version.tags[INTENDED_USE], NOT_STATED)
+
+
+def anchors(client: "MlflowClient") -> dict[str, Anchor]:
+    """By their sha256, the lines of logs that MLflow holds: in tags of every model, and in records of promotions."""
+    found: dict[str, Anchor] = {}
     for model in client.search_registered_models(max_results=1000):
-        records = [record for record in promotions(client, model.name) if record.get("audit")]
-        found |= {record["audit"]: f"promotion {record['number']} of {model.name}" for record in records} | held(model)
+        for record in promotions(client, model.name):
+            if record.get("audit"):
+                what = f"promotion {record['number']} of {model.name}"
+                found[record["audit"]] = Anchor(what, record.get("log", ""), record.get("place", ""))
+        found |= held(model)
     return found
 
 
@@ -157,6 +218,21 @@ def stated_use(version: "ModelVersion", intended_use: str) -> str:
             'used, with --intended-use "..."'
         )
     return intended_use
+
+
+def is_released(version: "ModelVersion") -> bool:
+    """Whether somebody has released the version from research use."""
+    return is_stated(version.tags.get(RELEASED, NOT_STATED))
+
+
+def _champion(client: "MlflowClient", name: str, compared: int | None) -> "ModelVersion | None":
+    """The champion. Raises UserError where it is another one than the gates were about."""
+    champion = alias_of(client, name, CHAMPION)
+    number = champion and int(champion.version)
+    if compared not in (ANY, number):
+        told = [f"version {one}" if one else "no version" for one in (number, compared)]
+        raise UserError(f"{told[0]} of {name} is champion now, and {told[1]} was when it was compared: compare again")
+    return champion
 
 
 def description(card: str) -> str:
@@ -208,14 +284,25 @@ def _figures(version: "ModelVersion") -> dict[str, Any]:
 
 
 def _state_use(client: "MlflowClient", version: "ModelVersion", intended_use: str) -> None:
-    """Write the intended use into the registered bundle, its card and the version. Its weights are not written again,
-    and its description keeps the form that it was registered in."""
-    if version.tags.get(INTENDED_USE) == intended_use:
-        return
+    """Write down what a version is for. A release was for the use that was stated then: with another one the version is
+    for research only again."""
+    if client.get_model_version(version.name, version.version).tags.get(INTENDED_USE) != intended_use:
+        _state(client, version, intended_use, NOT_STATED)
+
+
+def _state(client: "MlflowClient", version: "ModelVersion", intended_use: str, released_by: str) -> None:
+    """Write the intended use, and who has released it, into the registered bundle, its card and the version. Its
+    weights are not written again, and its description keeps the form that it was registered in."""
+    # First: whatever breaks off, no version is released for a use that it was not released for.
+    client.set_model_version_tag(version.name, version.version, RELEASED, NOT_STATED)
     with tempfile.TemporaryDirectory() as temporary:
         folder = fetch_bundle(client, f"models:/{version.name}/{version.version}", Path(temporary, "old"))
         described = json.loads((folder / "bundle.json").read_text())
-        (folder / "bundle.json").write_text(to_json(described | {"intended_use": intended_use}))
+        contract = {name: value for name, value in described.get("contract", {}).items() if name not in RELEASE}
+        if is_stated(released_by):
+            contract |= {"research_only": False, "released_by": released_by}
+        described |= {"intended_use": intended_use, "contract": contract}
+        (folder / "bundle.json").write_text(to_json(described))
         write_card(folder, version.name)
         new = Path(temporary, "new")
         shutil.copytree(folder, new / BUNDLE, ignore=shutil.ignore_patterns("*.safetensors"))
@@ -223,3 +310,5 @@ def _state_use(client: "MlflowClient", version: "ModelVersion", intended_use: st
         text = description((folder / CARD).read_text())
         client.update_model_version(version.name, version.version, text)
     client.set_model_version_tag(version.name, version.version, INTENDED_USE, intended_use)
+    if is_stated(released_by):
+        client.set_model_version_tag(version.name, version.version, RELEASED, released_by)

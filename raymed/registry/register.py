@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from raymed.bundle import Bundle
+from raymed.bundle import RELEASE, Bundle
 from raymed.config import to_json
 from raymed.registry.audit import Audit
 from raymed.registry.card import CARD, write_card
@@ -116,16 +116,19 @@ def add(
     number, champion = int(version.version), alias_of(client, name, CHAMPION)
     is_champion = champion is not None and int(champion.version) == number
     if champion is None and is_stated(bundle.intended_use):
-        promote(client, version, bundle.intended_use, why="registered with its intended use stated", audit=audit)
+        why = "registered with its intended use stated"
+        promote(client, version, bundle.intended_use, why=why, compared=None, audit=audit)
         is_champion = True
     return Registered(name, number, run.info.run_id, is_champion)
 
 
 def identity(folder: Path) -> str:
-    """sha256 of a bundle's content, hashes of its weights included; what people intend it for, and the state of the
-    sources when its job was run to its end once more, are no part of it."""
+    """sha256 of a bundle's content, hashes of its weights included; what people intend and release it for, and the
+    state of the sources when its job was run to its end once more, are no part of it."""
     described = json.loads((folder / "bundle.json").read_text())
     described.pop("intended_use", None)
+    for name in RELEASE:
+        described.get("contract", {}).pop(name, None)
     described["provenance"].pop("git", None)
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 

@@ -35,19 +35,26 @@ if TYPE_CHECKING:
 
 def gates(
     client: "MlflowClient", version: "ModelVersion", config: GateConfig, data: DataConfig, run: RunConfig
-) -> list[Gate]:
-    """Every gate of a version that is to take the champion's place.
+) -> tuple[list[Gate], int | None]:
+    """Every gate of a version that is to take the champion's place, and which version that is, None without one.
 
     data: how the images of config.manifest are read. run: where things are kept. What cannot be compared is a gate that
     is not passed.
     """
+    champion = alias_of(client, version.name, CHAMPION)
+    found = _gates(version, champion, config, data, run)
+    return found, champion and int(champion.version)
+
+
+def _gates(
+    version: "ModelVersion", champion: "ModelVersion | None", config: GateConfig, data: DataConfig, run: RunConfig
+) -> list[Gate]:
     device, candidate = str(Compute().resolved_device()), _uri(version)
     try:
         mine = load_model(candidate, run.tracking, run.storage)
         found = [golden_gate(model_of(mine, device))]
     except Exception as error:  # a network that cannot be built from what the bundle says fails in any way
         return [Gate("golden inputs", False, str(error) if isinstance(error, UserError) else repr(error))]
-    champion = alias_of(client, version.name, CHAMPION)
     if champion is None or champion.version == version.version:
         return [*found, Gate("comparison", None, "there is no other champion to compare it with")]
     if config.manifest is None:

@@ -23,7 +23,8 @@ class Limits:
     frames: int = 64
     """Frames of one file that are scored (413)."""
     held_pixels: int = 512_000_000
-    """Height x width of all images that are being answered; what comes then is told to come later (503)."""
+    """Height x width of all images that are being answered; what comes then is told to come later (503). A case that
+    has more by itself is refused (413)."""
     queue: int = 128
     """Images that wait for one model, half of them of one token; what comes then is told to come later (503, 429)."""
     timeout_s: float = 30.0

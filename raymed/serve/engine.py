@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from raymed.serve.access import log
 from raymed.serve.access.limits import asking
 from raymed.serve.config import Hardware
 from raymed.serve.handlers import Network
@@ -107,6 +108,8 @@ class Engine:
         self.threads = hardware.threads or len(os.sched_getaffinity(0))
         self.queue = queue
         self.observe = observe
+        self.computes = True
+        """As the last `check` found."""
         self.waiting: dict[str, int] = {}
         self._of_caller: Counter[tuple[str, str]] = Counter()
         self._lanes: OrderedDict[tuple[Lane | None, Any], _Turns] = OrderedDict()
@@ -204,6 +207,17 @@ class Engine:
         with torch.autocast(self.device.split(":")[0], torch.bfloat16):
             return work()
 
+    async def check(self, within_s: float) -> None:
+        """Raises TimeoutError where the device's thread does not get to a small computation in time, and whatever the
+        device raises where it does not compute any more; `computes` says so too."""
+        try:
+            async with asyncio.timeout(within_s):
+                await asyncio.wrap_future(self._thread.submit(_compute, self.device))
+        except Exception:
+            self.computes = False
+            raise
+        self.computes = True
+
     def close(self) -> None:
         """End the thread after what it is doing, or leave it where that never ends."""
         self._thread.close()
@@ -251,7 +265,33 @@ class Thread:
 
 
 def _run(engine: Engine, lane: Lane | None, jobs: Sequence[Job]) -> list[Any]:
-    """In the thread: the results of a batch, or of one piece of work."""
+    """`_results`. Raises Problem (503) where they failed since the device does not compute any more."""
+    try:
+        return _results(engine, lane, jobs)
+    except Problem:
+        raise
+    except Exception as error:
+        if _still_computes(engine.device):
+            raise
+        log.failed(error)
+        raise busy("the device of this server has failed", retry_after=10) from None
+
+
+def _still_computes(device: str) -> bool:
+    """After an error of CUDA that stays, such as a failed assertion, nothing does."""
+    try:
+        _compute(device)
+    except Exception:
+        return False
+    return True
+
+
+def _compute(device: str) -> None:
+    torch.ones(1, device=device).item()
+
+
+def _results(engine: Engine, lane: Lane | None, jobs: Sequence[Job]) -> list[Any]:
+    """In the thread: of a batch, or of one piece of work."""
     started = time.perf_counter()
     torch.set_num_threads(engine.threads if lane is None else lane.threads)
     if lane is None:

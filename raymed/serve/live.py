@@ -23,13 +23,15 @@ class Origin:
     """Which bundle it is.
 
     where: what it is fetched by. version: of the registry, or "" of a folder. digest: sha256 of the bundle's content
-    (`raymed.registry.register.identity`), the same wherever it lies. intended_use: a promotion may state another one.
+    (`raymed.registry.register.identity`), the same wherever it lies. intended_use, research_only: people may state
+    another one, and release a version.
     """
 
     where: str
     version: str
     digest: str
     intended_use: str = ""
+    research_only: bool = True
 
 
 @dataclass(eq=False)
@@ -93,15 +95,10 @@ def identity_of(name: str, bundle: Bundle, origin: Origin) -> dict[str, Any]:
         "bundle": origin.digest,
         "preprocessing": preprocessing_id(bundle.preprocess),
         "intended_use": bundle.intended_use,
-        "research_only": is_research_only(bundle),
+        "research_only": origin.research_only,
     }
 
 
 def preprocessing_id(preprocess: Mapping[str, Any]) -> str:
     """Sixteen hexadecimal digits, equal for equal preprocessing."""
     return hashlib.sha256(json.dumps(preprocess, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def is_research_only(bundle: Bundle) -> bool:
-    """Unless the card says otherwise."""
-    return bundle.contract.get("research_only", True) is not False

@@ -104,7 +104,7 @@ class _State(Collector):
         refused = GaugeMetricFamily("raymed_refused", "1 where a version is not used", labels=["model", "alias"])
         for name, served in self.models.served.items():
             waiting.add_metric([name], self.engine.waiting.get(name, 0))
-            ready.add_metric([name], float("champion" in served.versions))
+            ready.add_metric([name], float("champion" in served.versions and self.engine.computes))
             for alias, live in served.versions.items():
                 loaded.add_metric([name, alias, live.origin.version, live.origin.digest[:12]], 1)
             for alias in served.refused:

@@ -2,8 +2,9 @@
 
     fetch -> load -> check -> swap -> the old one goes when its last answer has left
 
-A version that cannot be fetched, loaded or checked leaves the one before it in place, and is tried again after longer
-and longer pauses. A server that starts and cannot have the version in use answers by the last good one on its disk.
+A version that cannot be fetched, loaded or checked leaves the one before it in place, and is tried again: a bad bundle
+after longer and longer pauses. A server that starts and cannot have the version in use answers by the last good one on
+its disk.
 """
 
 import asyncio
@@ -38,13 +39,19 @@ class Source(Protocol):
         ...
 
     def fetch(self, origin: Origin) -> Bundle:
-        """The bundle. Blocks. Raises UserError."""
+        """The bundle. Blocks. Raises Unreachable, or whatever a store raises, where it cannot be had now, and another
+        UserError where it is bad itself."""
         ...
+
+
+class Unreachable(UserError):
+    """A source does not give a bundle, which says nothing of the bundle."""
 
 
 CHAMPION, CHALLENGER = "champion", "challenger"
 _PAUSE_S, _LONGEST_S = 30.0, 3600.0
-"""Before a version that was refused is tried again."""
+"""Before a version that was refused is tried again: the first pause, which is doubled for a bundle that is bad itself,
+and the longest. A store that is out of reach, or a device that is full, may be well again soon."""
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,7 @@ class Models:
             if now is None or now.origin != origin:
                 return await self._take(served, alias, origin)
         except Exception as error:  # whatever it is, the version before it goes on
-            self._refuse(served, alias, origin, _reason(error))
+            self._refuse(served, alias, origin, error)
         else:
             served.refused.pop(alias, None)
             served.from_disk &= alias != CHAMPION
@@ -174,7 +181,7 @@ class Models:
     def _without(self, served: Served, alias: str) -> bool:
         """Nothing bears the alias: nobody is answered by a challenger any more; a champion goes on."""
         if alias == CHAMPION:
-            self._refuse(served, alias, None, f"{served.wanted.where}: there is no such version")
+            self._refuse(served, alias, None, UserError(f"{served.wanted.where}: there is no such version"))
             return False
         served.refused.pop(alias, None)
         return self._put(served, alias, None) is not None
@@ -204,9 +211,11 @@ class Models:
 
     def _put(self, served: Served, alias: str, live: Live | None) -> Live | None:
         """Exchange the version of an alias; returns the one before."""
-        before = served.versions.pop(alias, None)
+        before = served.versions.get(alias)
         if live is not None:
-            served.versions[alias] = live
+            served.versions[alias] = live  # in one step: threads read it
+        else:
+            served.versions.pop(alias, None)
         if before is not None and before not in served.versions.values():
             self._left.append(weakref.ref(before.handler))
         return before
@@ -243,11 +252,11 @@ class Models:
         except OSError as error:
             self.told("not kept", served.wanted.name, reason=error.strerror or type(error).__name__)
 
-    def _refuse(self, served: Served, alias: str, origin: Origin | None, reason: str) -> None:
-        before = served.refused.get(alias)
+    def _refuse(self, served: Served, alias: str, origin: Origin | None, error: Exception) -> None:
+        before, reason = served.refused.get(alias), _reason(error)
         if before is None or before.reason != reason:
             self.told("refused", served.wanted.name, alias=alias, reason=reason)
-        again = before is not None and before.origin == origin
+        again = before is not None and before.origin == origin and _is_of_the_bundle(error)
         pause = min(2 * before.pause, _LONGEST_S) if before and again else _PAUSE_S
         served.refused[alias] = Refusal(reason, origin, pause, time.monotonic() + pause)
 
@@ -270,6 +279,11 @@ def _state(served: Served) -> dict[str, Any]:
 def _is_too_early(refusal: Refusal | None, origin: Origin) -> bool:
     """Whether a version was refused not long ago."""
     return refusal is not None and refusal.origin == origin and time.monotonic() < refusal.until
+
+
+def _is_of_the_bundle(error: Exception) -> bool:
+    """Whether another try will find the same."""
+    return isinstance(error, UserError) and not isinstance(error, Unreachable)
 
 
 def _reason(error: Exception) -> str:

@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -24,7 +23,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raymed.config import UserError, check_range, from_dict
 from raymed.serve.app import create_app
 from raymed.serve.config import ServeConfig
-from raymed.serve.engine import Engine
 from raymed.serve.problems import busy, response_of
 from raymed.serve.sources import registered
 
@@ -95,8 +93,8 @@ def build(args: Mapping[str, Any]) -> "Application":
         app: FastAPI
 
         async def check_health(self) -> None:
-            """See `check_engine`: Serve replaces a replica that fails it."""
-            await check_engine(self.app.state.service.engine)
+            """See `Engine.check`: Serve replaces a replica that fails it."""
+            await self.app.state.service.engine.check(config.limits.timeout_s)
 
     return Models.bind()  # type: ignore[attr-defined]
 
@@ -122,11 +120,6 @@ def _in_replica(config: ServeConfig) -> ServeConfig:
         return config
     cpus = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
     return replace(config, hardware=replace(config.hardware, threads=max(1, int(cpus))))
-
-
-async def check_engine(engine: Engine) -> None:
-    """Raises, or takes too long, where the device's thread does not work or the device does not compute any more."""
-    await engine.alone("", lambda: torch.ones(1, device=engine.device).item())
 
 
 def around_proxy() -> list[Middleware]:

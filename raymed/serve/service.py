@@ -32,6 +32,8 @@ from raymed.serve.uploads import File, decode, quiet
 from raymed.serve.uploads.room import Room
 
 T = TypeVar("T")
+_CHECK_S = 10.0
+"""Between two looks at whether the device computes."""
 _FORGET_S = 3600.0
 """Between two looks at whether something is kept that has become too old."""
 Given = File | Upload
@@ -92,6 +94,7 @@ class Service:
         await asyncio.gather(*(self.models.refresh(name) for name in self.models.names))
         every_s = self.config.follow.every_s
         self._tasks = [asyncio.create_task(self.models.follow(name, every_s)) for name in self.models.names]
+        self._tasks.append(asyncio.create_task(self._watch_device()))
         await asyncio.to_thread(self.jobs.start, asyncio.get_running_loop())
         if self.keeper is not None:
             self._tasks.append(asyncio.create_task(self._forget(self.keeper)))
@@ -104,6 +107,30 @@ class Service:
         await asyncio.to_thread(self.jobs.stop)
         self._decoders.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.engine.close)
+
+    @property
+    def is_ready(self) -> bool:
+        """Every model is ready, and the server is not about to end."""
+        return all(model["ready"] for model in self.state().values()) and not self.draining
+
+    def state(self) -> dict[str, Any]:
+        """`Models.state`; on a device that does not compute no model is ready."""
+        computes = self.engine.computes
+        return {name: {**model, "ready": model["ready"] and computes} for name, model in self.models.state().items()}
+
+    async def _watch_device(self) -> None:
+        """A device that a request waits for in vain for as long as it may is no better than one that fails."""
+        while True:
+            await asyncio.sleep(_CHECK_S)
+            before = self.engine.computes
+            try:
+                await self.engine.check(self.config.limits.timeout_s)
+            except Exception as error:  # whatever a device raises
+                if before:
+                    log.write(event="the device does not compute", error=type(error).__name__)
+            else:
+                if not before:
+                    log.write(event="the device computes again")
 
     async def _forget(self, keeper: Keeper) -> None:
         while True:
@@ -172,7 +199,7 @@ class Service:
 
     async def prepared(self, live: Live, files: Sequence[Given], fields: Fields) -> list[Prepared]:
         """Files decoded and made ready for the network, in threads."""
-        limits, handler = self.config.limits, live.handler
+        limits, handler, case = self.config.limits, live.handler, self.room.case()
         if len(files) > limits.files:
             raise Problem(413, f"{len(files)} files: at most {limits.files} make a case", field="files")
 
@@ -180,7 +207,7 @@ class Service:
             started = time.perf_counter()
             try:
                 if isinstance(file, File):
-                    uploads = decode(file, place, limits, handler.window, fields.frames, self.room)
+                    uploads = decode(file, place, limits, handler.window, fields.frames, case)
                 else:
                     uploads = [file]
                 check_contract(handler.bundle, uploads)

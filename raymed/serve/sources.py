@@ -3,6 +3,8 @@
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -10,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
-from raymed.registry.promote import CANDIDATE, INTENDED_USE
+from raymed.registry.promote import CANDIDATE, INTENDED_USE, is_released
 from raymed.registry.register import IDENTITY, identity
 from raymed.registry.store import alias_of, fetch_bundle, version_of
 from raymed.serve.config import ServeConfig, Wanted
 from raymed.serve.kept import kept_models
 from raymed.serve.live import Origin
-from raymed.serve.models import CHAMPION, Source
+from raymed.serve.models import CHAMPION, Source, Unreachable
 from raymed.storage import local_folder_copy, storage_folder
 
 if TYPE_CHECKING:
@@ -41,14 +43,17 @@ class Folder:
             return None
         folder = local_folder_copy(self.where)
         try:
-            stated = json.loads((folder / "bundle.json").read_text()).get("intended_use", "")
-            return Origin(self.where, "", identity(folder), stated)
+            described = json.loads((folder / "bundle.json").read_text())
+            research_only = described.get("contract", {}).get("research_only", True) is not False
+            return Origin(self.where, "", identity(folder), described.get("intended_use", ""), research_only)
         except (OSError, ValueError, KeyError, AttributeError):
             raise UserError(f"{self.where} is no bundle: bundle.json is missing or damaged") from None
 
     def fetch(self, origin: Origin) -> Bundle:
         """Read it, every hash checked."""
-        return Bundle.load(self.where)
+        with _reaching():
+            folder = local_folder_copy(self.where)
+        return Bundle.load(folder)
 
 
 class Registry:
@@ -75,19 +80,30 @@ class Registry:
         if version is None:
             return None
         number, tags = str(version.version), version.tags
-        return Origin(f"models:/{self.name}/{number}", number, tags.get(IDENTITY, ""), tags.get(INTENDED_USE, ""))
+        where, digest, use = f"models:/{self.name}/{number}", tags.get(IDENTITY, ""), tags.get(INTENDED_USE, "")
+        return Origin(where, number, digest, use, research_only=not is_released(version))
 
     def fetch(self, origin: Origin) -> Bundle:
         """Copy it from MLflow's artifacts and read it, every hash checked, and that it is what was registered."""
         with TemporaryDirectory(prefix="raymed-bundle-") as temporary:
-            try:
+            with _reaching():
                 folder = fetch_bundle(_connect(self.tracking, self.storage), origin.where, Path(temporary))
+            try:
                 bundle = Bundle.load(folder)
             except UserError as error:  # named by what people know, and alike at every try
                 raise UserError(str(error).replace(temporary, origin.where)) from None
             if origin.digest and identity(folder) != origin.digest:
                 raise UserError(f"{origin.where} is not the bundle that was registered: its content has been changed")
         return bundle
+
+
+@contextmanager
+def _reaching() -> Iterator[None]:
+    """What cannot be used in the block is the way to a bundle."""
+    try:
+        yield
+    except UserError as error:
+        raise Unreachable(str(error)) from error
 
 
 def _connect(tracking: str | None, storage: Path) -> "MlflowClient":

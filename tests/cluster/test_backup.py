@@ -306,3 +306,15 @@ def test_the_cluster_that_is_up(saved, s3, tmp_path, monkeypatch):
     state.save(Cluster("aws", environment=environment))
     with patch.dict(os.environ), pytest.raises(UserError, match="restore before that cluster is up"):
         restore(saved, Place(cluster=True))
+
+
+def test_a_folder_of_the_clusters_machines_is_not_looked_for_here(original, tmp_path, monkeypatch):
+    """Not even where one of that name is here too."""
+    monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "cluster"))
+    state.save(
+        Cluster("onprem", environment={"RAYMED_HOME": str(original), "MLFLOW_TRACKING_URI": "http://127.0.0.1:1"})
+    )
+    said = f"start this on one that has it, with --storage {original} --mlflow {original}/mlflow"
+    with patch.dict(os.environ), pytest.raises(UserError, match=said):
+        save(tmp_path / "b", Place(cluster=True))
+    assert not (tmp_path / "b").exists()

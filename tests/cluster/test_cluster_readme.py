@@ -62,15 +62,21 @@ def test_every_file_and_module_that_is_named_exists():
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-def test_the_first_block_runs(tmp_path):
+def test_what_this_machine_can_do_runs(tmp_path):
     if weed() is None or find_spec("flask_wtf") is None or not (REPO / ".venv" / "bin" / "python").exists():
         pytest.skip("no local cluster: make install")
-    kept = {name: v for name, v in os.environ.items() if not name.startswith(("RAY_", "RAYMED_", "AWS_", "MLFLOW_"))}
+    foreign = ("RAY_", "RAYMED_", "AWS_", "MLFLOW_", "MAKE", "MFLAGS")
+    kept = {name: v for name, v in os.environ.items() if not name.startswith(foreign)}
     home = {"HOME": str(tmp_path), "RAYMED_HOME": str(tmp_path / "own"), "RAYMED_CLUSTER": str(tmp_path / "cluster")}
-    block = [(target, variables) for target, variables in made()][:8]
+    *block, down = list(made())[:8]
+    saved, restored = (found for found in made() if found[0] in ("backup", "restore"))
+    block += [saved, down, restored]
     assert [target for target, _ in block] == [
-        "cluster-up", "doctor", "submit", "submit", "logs", "cluster-status", "stop", "cluster-down",
+        "cluster-up", "doctor", "submit", "submit", "logs", "cluster-status", "stop",
+        "backup", "cluster-down", "restore",
     ]  # fmt: skip
+    saved[1]["TO"] = restored[1]["FROM"] = str(tmp_path / saved[1]["TO"])
+    restored[1]["ARGS"] = restored[1]["ARGS"].replace("/new", str(tmp_path / "new"))
     try:
         for target, variables in block:
             if "JOB" in variables:
@@ -80,6 +86,7 @@ def test_the_first_block_runs(tmp_path):
                 ["make", target, *words], cwd=REPO, env=kept | home, capture_output=True, text=True, timeout=600
             )
             assert done.returncode == 0, (target, done.stdout[-3000:], done.stderr[-3000:])
+        assert list((tmp_path / "new/runs").glob("tune_asl-*/report.html"))
     finally:
         subprocess.run(["make", "cluster-down"], cwd=REPO, env=kept | home, check=True, timeout=120)
     mine = subprocess.run(["ps", "eww", "-A", "-o", "pid,args"], capture_output=True, text=True, check=True).stdout

@@ -5,7 +5,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -162,6 +163,23 @@ def test_state_that_cannot_be_read(home, capsys):
     for command in ("status", "down"):
         assert main([command]) == 2
         assert "cannot be read" in capsys.readouterr().err
+
+
+def client_of(*names: str) -> Any:
+    """Of a cluster to which these jobs were submitted in this order."""
+    from ray.job_submission import JobDetails, JobStatus, JobType
+
+    told = {"type": JobType.SUBMISSION, "status": JobStatus.RUNNING, "entrypoint": ""}
+    submitted = [JobDetails(**told, submission_id=name, start_time=number) for number, name in enumerate(names)]
+    return SimpleNamespace(list_jobs=lambda: submitted)
+
+
+def test_the_last_job_is_not_one_of_the_doctors():
+    names = ("train-00000a", "doctor-eval-00000b", "doctor-00000c", "doctor-00000d")
+    assert jobs.found(client_of(*names), None) == "doctor-eval-00000b"
+    assert jobs.found(client_of(*names), "doctor-00000c") == "doctor-00000c", "it has a log too"
+    with pytest.raises(UserError, match="no job was submitted"):
+        jobs.found(client_of("doctor-00000c"), None)
 
 
 @pytest.mark.parametrize(

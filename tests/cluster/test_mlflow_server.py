@@ -15,22 +15,110 @@ from raymed.cluster.mlflow_server import DATABASE, keep, take_back
 USER, PASSWORD = "raymed", "only-in-this-test-123"
 
 
-def test_a_database_that_is_written_to_is_kept_whole_and_taken_back(tmp_path):
-    machine, storage, next_machine = tmp_path / "machine", str(tmp_path / "storage"), tmp_path / "next"
-    machine.mkdir()
-    next_machine.mkdir()
-    assert not take_back(machine, storage)
-    with closing(sqlite3.connect(machine / DATABASE)) as database:
+@pytest.fixture
+def storage(tmp_path) -> str:
+    return str(tmp_path / "storage")
+
+
+def machine(tmp_path, name: str):
+    """Its folder, where nothing is yet."""
+    folder = tmp_path / name
+    folder.mkdir()
+    return folder
+
+
+def insert(folder, *names: str) -> None:
+    with closing(sqlite3.connect(folder / DATABASE)) as database:
+        database.execute("create table if not exists runs (name text)")
+        database.executemany("insert into runs values (?)", [(name,) for name in names])
+        database.commit()
+
+
+def runs(database) -> list[str]:
+    with closing(sqlite3.connect(database)) as opened:
+        return [name for (name,) in opened.execute("select name from runs")]
+
+
+def test_a_database_that_is_written_to_is_kept_whole_and_taken_back(tmp_path, storage):
+    first, second = machine(tmp_path, "first"), machine(tmp_path, "second")
+    assert not take_back(first, storage)
+    with closing(sqlite3.connect(first / DATABASE)) as database:
         database.execute("pragma journal_mode=wal")
         database.execute("create table runs (name text)")
         database.execute("insert into runs values ('first')")
         database.commit()
         database.execute("insert into runs values ('half')")  # a transaction that is open meanwhile
-        keep(machine, storage)
-    assert take_back(next_machine, storage)
-    with closing(sqlite3.connect(next_machine / DATABASE)) as database:
-        assert database.execute("select name from runs").fetchall() == [("first",)]
-    assert not take_back(next_machine, storage), "what the machine has is newer"
+        keep(first, storage)
+    assert take_back(second, storage)
+    assert runs(second / DATABASE) == ["first"]
+
+
+def test_what_was_not_brought_before_a_crash_is_newer_than_the_kept_one(tmp_path, storage):
+    first, second = machine(tmp_path, "first"), machine(tmp_path, "second")
+    insert(first, "brought")
+    keep(first, storage)
+    insert(first, "not brought")
+    assert not take_back(first, storage)
+    assert runs(first / DATABASE) == ["brought", "not brought"]
+    assert take_back(second, storage)
+    insert(second, "elsewhere")
+    assert not take_back(second, storage), "what was taken back is its own too"
+    assert runs(second / DATABASE) == ["brought", "elsewhere"]
+
+
+def test_a_restored_database_replaces_the_one_of_before(tmp_path, storage):
+    """Down, which leaves the folder; a backup restored; up."""
+    head, backup = machine(tmp_path, "head"), machine(tmp_path, "backup")
+    insert(backup, "of the backup")
+    insert(head, "of before")
+    keep(head, storage)
+    keep(backup, storage)  # as a restore puts it there
+    assert take_back(head, storage)
+    assert runs(head / DATABASE) == ["of the backup"]
+    keep(head, storage)
+    assert runs(f"{storage}/mlflow/{DATABASE}") == ["of the backup"]
+    assert runs(head / "replaced" / DATABASE) == ["of before"]
+
+
+def test_a_head_that_was_head_before_goes_on_from_the_one_in_between(tmp_path, storage):
+    a, b = machine(tmp_path, "a"), machine(tmp_path, "b")
+    insert(a, "a")
+    keep(a, storage)
+    assert take_back(b, storage)
+    insert(b, "b")
+    keep(b, storage)
+    assert take_back(a, storage)
+    assert runs(a / DATABASE) == ["a", "b"]
+
+
+def test_a_journal_of_before_is_not_applied_to_what_replaces_it(tmp_path, storage):
+    """A head that lost its power in a transaction: sqlite would write the old pages over the new database."""
+    head, other = machine(tmp_path, "head"), machine(tmp_path, "other")
+    insert(head, *map(str, range(1000)))
+    with closing(sqlite3.connect(head / DATABASE)) as database:
+        database.execute("pragma cache_spill=1")
+        database.execute("update runs set name = 'x'")
+        hot = {path.name: path.read_bytes() for path in head.glob(f"{DATABASE}*")}
+    assert set(hot) == {DATABASE, f"{DATABASE}-journal"}
+    for name, data in hot.items():
+        (head / name).write_bytes(data)
+    insert(other, "other")
+    keep(other, storage)
+    assert take_back(head, storage)
+    assert runs(head / DATABASE) == ["other"]
+    assert sorted(path.name for path in head.glob("mlflow*")) == [DATABASE]
+
+
+@pytest.mark.parametrize("size", [0, 2000])
+def test_a_part_of_a_database_is_replaced(tmp_path, storage, size):
+    """As a crash left it while it was written in place."""
+    head = machine(tmp_path, "head")
+    insert(head, "whole")
+    keep(head, storage)
+    (head / "kept.sha256").unlink()
+    (head / DATABASE).write_bytes((head / DATABASE).read_bytes()[:size])
+    assert take_back(head, storage)
+    assert runs(head / DATABASE) == ["whole"]
 
 
 @pytest.mark.slow

@@ -21,8 +21,7 @@ from raymed.config import UserError, from_dict
 from raymed.serve.access.tokens import add_token
 from raymed.serve.app import create_app
 from raymed.serve.config import Access, Hardware, ServeConfig
-from raymed.serve.engine import Engine
-from raymed.serve.on_ray import ComeAgain, build, check_engine
+from raymed.serve.on_ray import ComeAgain, build
 
 REPO = Path(__file__).resolve().parents[2]
 _spec = importlib.util.spec_from_file_location("registry_fixtures", REPO / "tests" / "registry" / "conftest.py")
@@ -77,14 +76,6 @@ def test_what_is_asked_for_reaches_serve():
 def test_what_serve_decides_or_nobody_knows_is_refused(args, named):
     with pytest.raises(UserError, match=named):
         build({"models": ["hsg=/some/folder"]} | args)
-
-
-def test_a_thread_that_does_not_work_fails_the_health_check():
-    engine = Engine(Hardware(device="cpu", threads=1), queue=1)
-    asyncio.run(check_engine(engine))
-    engine.close()
-    with pytest.raises(RuntimeError):
-        asyncio.run(check_engine(engine))
 
 
 def around(app):

@@ -142,11 +142,24 @@ def test_what_is_examined(monkeypatch):
         Sweep(2),
     )
     assert environment["RAY_ADDRESS"] == "127.0.0.1:1"
-    far = state.Cluster("onprem", {"dashboard": "http://127.0.0.1:2"}, {})
-    there, of_there = find(None, (), True, Sweep(), far)
-    assert there.ray is None and "RAY_ADDRESS" not in of_there, "the one of the shell is another cluster"
     assert environment["MLFLOW_TRACKING_PASSWORD"] == "p"
     assert set(place.services()) == {"dashboard", "MLflow", "S3"}
+
+
+def test_the_storage_of_a_cluster_elsewhere_is_its_heads_to_look_at(monkeypatch, tmp_path):
+    """A path on the hosts, or a bucket whose keys the nodes alone have."""
+    monkeypatch.setenv("RAY_ADDRESS", "here:6379")
+    for home in (str(tmp_path / "on the hosts"), "s3://b/x"):
+        far = state.Cluster("onprem", {"dashboard": "http://127.0.0.1:9"}, {"RAYMED_HOME": home})
+        place, environment = find(None, (), True, Sweep(), far)
+        assert place.ray is None and "RAY_ADDRESS" not in environment, "the one of the shell is another cluster"
+        assert place.s3 is None and environment["RAYMED_HOME"] == home
+        assert runner.examine(place, environment, ("storage", "disk space"), lambda finding: None) == []
+    assert not (tmp_path / "on the hosts").exists()
+
+    asked, environment = find(str(tmp_path / "here"), (), True, Sweep(), far)
+    names = [f.name for f in runner.examine(asked, environment, ("storage", "disk space"), lambda finding: None)]
+    assert names == ["storage", "disk space"] and (tmp_path / "here").is_dir()
 
 
 def test_a_machine_without_a_cluster(monkeypatch, capsys):

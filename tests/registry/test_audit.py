@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from raymed.config import UserError
-from raymed.registry.audit import Audit
+from raymed.registry.audit import Anchor, Audit
 from raymed.registry.card import write_card
 from raymed.registry.gates import Gate
 from raymed.registry.promote import anchors, challenge, promote, promotions, refuse, roll_back, withdraw
@@ -63,21 +63,53 @@ def test_a_line_that_was_changed_or_taken_out_is_found(three, change, line):
 
 def test_the_last_line_is_held_by_what_names_it(three):
     last = three.entries()[-1]["sha256"]
-    assert three.verify({last: "promotion 3"}) == 3
+    anchors = {last: Anchor("promotion 3", **three.origin())}
+    assert three.verify(anchors) == 3
     raw = three.path.read_bytes()
     for changed in (raw.replace(b'"to_version": 2', b'"to_version": 5'), b"\n".join(raw.split(b"\n")[:2]) + b"\n"):
         three.path.write_bytes(changed)
         three.verify()  # the chain alone cannot know
         with pytest.raises(UserError, match="the line of promotion 3, as MLflow has it, is missing or was changed"):
-            three.verify({last: "promotion 3"})
+            three.verify(anchors)
 
 
-def test_a_line_that_a_crash_has_cut_stays_and_the_next_one_is_whole(three):
+@pytest.mark.parametrize("whole", [0, 1, 2])
+def test_a_line_that_a_crash_has_cut_stays_and_the_next_one_holds_it(three, whole):
+    lines = three.path.read_bytes().splitlines(keepends=True)
+    three.path.write_bytes(b"".join(lines[: whole + 1])[:-30])
+    with pytest.raises(UserError, match=f"line {whole + 1}"):
+        three.verify()
+    for number in (7, 8):
+        three.add(action="promote", model="m", to_version=number)
+    assert json.loads(three.path.read_bytes().split(b"\n")[whole + 1])["to_version"] == 7
+    assert three.verify() == whole + 2
+    assert [e["number"] for e in three.entries()] == [*range(1, whole + 1), whole + 2, whole + 3]
+
+
+def test_several_pieces_are_held_with_the_line_before_them(three):
+    for _ in range(2):
+        three.path.write_bytes(three.path.read_bytes()[:-30])
+        three.path.write_bytes(three.path.read_bytes() + b"\n" + b'{"number": 4, "ti')
+    three.add(action="promote", model="m", to_version=9)
+    assert three.verify() == 3
+    raw = three.path.read_bytes().split(b"\n")
+    for at in range(len(raw) - 2):
+        changed = [line.replace(b'"', b"'", 1) if i == at else line for i, line in enumerate(raw)]
+        gone = [line for i, line in enumerate(raw) if i != at]
+        for lines in (changed, gone):
+            three.path.write_bytes(b"\n".join(lines))
+            with pytest.raises(UserError, match="is not what was written"):
+                three.verify()
+
+
+def test_a_line_that_was_replaced_by_a_piece_is_found(three):
+    last = three.entries()[-1]["sha256"]
+    anchors = {last: Anchor("promotion 3", **three.origin())}
     three.path.write_bytes(three.path.read_bytes()[:-30])
     three.add(action="promote", model="m", to_version=9)
-    assert json.loads(three.path.read_bytes().split(b"\n")[3])["to_version"] == 9
-    with pytest.raises(UserError, match="line 3"):
-        three.verify()
+    assert three.verify() == 3
+    with pytest.raises(UserError, match="promotion 3"):
+        three.verify(anchors)
 
 
 def test_a_line_that_the_disk_does_not_take_leaves_nothing(three, monkeypatch):
@@ -158,6 +190,71 @@ def test_every_decision_about_a_model_stands_there_and_in_mlflow(client, version
     audit.path.write_bytes(raw.replace(b"worse indeed", b"better, indeed"))
     with pytest.raises(UserError, match="the line of decision 6, about m, as MLflow has it, is missing or was changed"):
         audit.verify(anchors(client))
+
+
+def test_storages_that_share_an_mlflow_verify_their_own_lines(client, versions, audit, tmp_path):
+    another = Audit(tmp_path / "another")
+    promote(client, versions[0], "triage", audit=audit)
+    promote(client, versions[1], "triage", audit=another)
+    challenge(client, versions[0], "triage", audit=another)
+    held = anchors(client)
+    assert (audit.verify(held), len(audit.others(held))) == (1, 2)
+    assert (another.verify(held), len(another.others(held))) == (2, 1)
+    nobody = Audit(tmp_path / "nobody")
+    assert (nobody.verify(held), len(nobody.others(held))) == (0, 3)
+    raw = another.path.read_bytes().splitlines(keepends=True)
+    another.path.write_bytes(raw[0])
+    with pytest.raises(UserError, match="decision 2, about m"):
+        another.verify(held)
+    another.path.write_bytes(raw[0].replace(b"triage", b"no use"))
+    with pytest.raises(UserError, match="decision 1, about m"):
+        another.verify(held)
+    assert audit.verify(held) == 1
+
+
+def test_a_log_that_was_begun_anew_is_found_in_its_place_and_told_apart_elsewhere(client, versions, audit, tmp_path):
+    promote(client, versions[0], "triage", audit=audit)
+    held, raw = anchors(client), audit.path.read_bytes()
+    moved = Audit(tmp_path / "moved")
+    moved.path.parent.mkdir(parents=True)
+    moved.path.write_bytes(raw)
+    assert (moved.verify(held), moved.others(held)) == (1, set())
+    audit.path.unlink()
+    challenge(client, versions[1], "triage", audit=audit)
+    held = anchors(client)
+    with pytest.raises(UserError, match="decision 1, about m"):
+        audit.verify(held)
+    assert (moved.verify(held), len(moved.others(held))) == (1, 1)
+
+
+def test_others_are_counted_on_the_command_line(client, versions, audit, command):
+    promote(client, versions[0], "triage", audit=audit)
+    code, out, _ = command(["--model", "m", "--verify"])
+    assert code == 0 and out.startswith("0 recorded decisions, each as it was written: ")
+    assert out.endswith("\n1 more stand in the logs of other storages: verify them there\n")
+
+
+def test_of_one_storage_one_decides_from_looking_to_moving(client, versions, audit, monkeypatch):
+    monkeypatch.setattr("raymed.registry.audit._PATIENCE_S", 0)
+    refused = []
+
+    class Meanwhile:
+        """A client at whose every call somebody else wants to decide."""
+
+        def __getattr__(self, name):
+            with pytest.raises(UserError, match="is in use by process"):
+                Audit(audit.storage).add(action="promote", model="m")
+            refused.append(name)
+            return getattr(client, name)
+
+    promote(Meanwhile(), versions[0], "triage", audit=audit)
+    challenge(Meanwhile(), versions[1], "triage", audit=audit)
+    withdraw(Meanwhile(), "m", audit=audit)
+    promote(Meanwhile(), versions[1], "triage", audit=audit)
+    roll_back(Meanwhile(), "m", audit=audit)
+    assert refused.count("get_registered_model") > 5
+    Audit(audit.storage).add(action="promote", model="m")
+    assert audit.verify() == 6
 
 
 def test_nothing_is_done_that_cannot_be_put_on_record(client, versions, audit, monkeypatch):

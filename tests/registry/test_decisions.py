@@ -8,7 +8,7 @@ import pytest
 from raymed.config import UserError
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
-from raymed.registry.decisions import put_on_record
+from raymed.registry.decisions import RELEASED, put_on_record
 from raymed.registry.gates import Gate
 from raymed.registry.promote import (
     INTENDED_USE,
@@ -17,6 +17,7 @@ from raymed.registry.promote import (
     promote,
     promotions,
     refuse,
+    release,
     roll_back,
     withdraw,
 )
@@ -86,7 +87,8 @@ def versions(client):
 def state(client):
     model, version = client.get_registered_model("m"), client.get_model_version("m", "2")
     aliases = {alias: int(number) for alias, number in model.aliases.items()}
-    return {"aliases": aliases, "intended_use": version.tags.get(INTENDED_USE, "not stated")}
+    tags = {"intended_use": INTENDED_USE, "released_by": RELEASED}
+    return {"aliases": aliases} | {name: version.tags.get(tag, "not stated") for name, tag in tags.items()}
 
 
 def reset(client, **aliases):
@@ -94,8 +96,8 @@ def reset(client, **aliases):
         client.delete_registered_model_alias("m", alias)
     for alias, number in aliases.items():
         client.set_registered_model_alias("m", alias, number)
-    if INTENDED_USE in client.get_model_version("m", "2").tags:
-        client.delete_model_version_tag("m", "2", INTENDED_USE)
+    for tag in {INTENDED_USE, RELEASED} & set(client.get_model_version("m", "2").tags):
+        client.delete_model_version_tag("m", "2", tag)
 
 
 def promoted(client, versions, audit):
@@ -114,9 +116,14 @@ def withdrawn(client, versions, audit):
     withdraw(client, "m", audit=audit)
 
 
+def released(client, versions, audit):
+    release(client, versions[1], "triage", by="the board", why="studied", audit=audit)
+
+
 @pytest.mark.parametrize(
     ("decide", "aliases"),
     [
+        (released, {"champion": "1"}),
         (promoted, {"champion": "1", "challenger": "2"}),
         (promoted, {"champion": "2", "rollback": "1"}),
         (rolled_back, {"champion": "1", "rollback": "2"}),
@@ -190,7 +197,7 @@ def refused(client, versions, audit):
         refuse(client, versions[1], [Gate("AUROC", False, "worse")], by="the board", why="not stated", audit=audit)
 
 
-@pytest.mark.parametrize("decide", [promoted, rolled_back, challenged, withdrawn, refused])
+@pytest.mark.parametrize("decide", [promoted, rolled_back, challenged, withdrawn, refused, released])
 def test_an_end_that_was_cut_is_found(client, versions, audit, decide):
     for alias, number in {"champion": "1", "rollback": "2", "challenger": "2"}.items():
         client.set_registered_model_alias("m", alias, number)

@@ -10,7 +10,8 @@ from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
-from raymed.registry.promote import promote, promotions, roll_back
+from raymed.registry.gates import Gate
+from raymed.registry.promote import is_released, promote, promotions, roll_back
 from raymed.registry.register import IDENTITY, add, identity
 from raymed.registry.store import fetch_bundle, version_of
 
@@ -106,6 +107,69 @@ def test_stating_a_use_leaves_what_was_registered(registered, tmp_path):
     assert Bundle.load(after).intended_use == "triage of HSG"
 
 
+@pytest.mark.parametrize("flags", [[], ["--to", "challenger"], ["--force", "--why", "better"]])
+def test_a_champion_that_came_during_the_comparison_is_not_replaced(registered, command, monkeypatch, flags):
+    assert command(["--model", "m", "--version", "1", "--intended-use", "triage"])[0] == 0
+
+    def meanwhile(*args):
+        registered.set_registered_model_alias("m", "champion", "2")
+        return []
+
+    monkeypatch.setattr("raymed.results.gates._gates", meanwhile)
+    code, _, error = command(["--model", "m", "--version", "2", "--intended-use", "triage", *flags])
+    assert code == 2 and "compare again" in error
+    assert "version 2 of m is champion now, and version 1 was when it was compared" in " ".join(error.split())
+    assert aliases(registered) == {"candidate": 2, "champion": 2}
+
+
+def test_a_refusal_names_the_champion_that_it_was_about(registered, command, monkeypatch, place):
+    assert command(["--model", "m", "--version", "1", "--intended-use", "triage"])[0] == 0
+
+    def meanwhile(*args):
+        registered.set_registered_model_alias("m", "champion", "2")
+        return [Gate("AUROC", False, "worse")]
+
+    monkeypatch.setattr("raymed.results.gates._gates", meanwhile)
+    code, _, error = command(["--model", "m", "--version", "2", "--intended-use", "triage"])
+    assert code == 2 and "AUROC: not passed" in error
+    last = Audit(place["storage"]).entries("m")[-1]
+    assert (last["action"], last["from_version"], last["to_version"]) == ("refuse", 1, 2)
+
+
+def test_a_version_is_released_for_its_use_and_restricted_again(registered, command, place, tmp_path):
+    def card():
+        folder = fetch_bundle(registered, "models:/m/1", tmp_path / "fetched")
+        assert identity(folder) == version_of(registered, "m", 1).tags[IDENTITY]
+        assert version_of(registered, "m", 1).description.split("## ")[1] in (folder / "card.md").read_text()
+        return (folder / "card.md").read_text()
+
+    promote(registered, version_of(registered, "m", 1), "triage")
+    assert "For research use only" in card() and not is_released(version_of(registered, "m", 1))
+    of_one = ["--model", "m", "--version", "1"]
+    code, out, _ = command([*of_one, "--release", "--by", "the board", "--why", "study 12"])
+    assert (code, out) == (0, "released from research use: m version 1\n")
+    assert "Released from research use by the board." in card() and is_released(version_of(registered, "m", 1))
+    assert not is_released(version_of(registered, "m", 2))
+    promote(registered, version_of(registered, "m", 1), "triage")
+    assert is_released(version_of(registered, "m", 1)), "for the same use"
+    promote(registered, version_of(registered, "m", 1), "screening")
+    assert "For research use only" in card() and not is_released(version_of(registered, "m", 1))
+    for flags, told in (
+        (["--release", "--by", "the board", "--why", "study 13"], "released from research use"),
+        (["--restrict", "--why", "false alarms"], "for research use only"),
+    ):
+        assert command([*of_one, *flags])[:2] == (0, f"{told}: m version 1\n")
+    assert "For research use only" in card() and "screening" in card()
+    assert not is_released(version_of(registered, "m", 1))
+    found = [(e["action"], e["to_version"], e["by"], e["why"]) for e in Audit(place["storage"]).entries()]
+    assert found == [
+        ("release", 1, "the board", "study 12"),
+        ("release", 1, "the board", "study 13"),
+        ("restrict", 1, "not stated", "false alarms"),
+    ]
+    assert aliases(registered) == {"candidate": 2, "champion": 1}
+
+
 def test_a_stated_use_need_not_be_said_twice(registered):
     promote(registered, version_of(registered, "m", 1), "triage")
     promote(registered, version_of(registered, "m", 2), "triage")
@@ -125,6 +189,12 @@ def test_a_stated_use_need_not_be_said_twice(registered):
         (["--model", "m", "--withdraw"], "no version with the alias challenger"),
         (["--model", "m", "--to", "challenger"], "needs an intended use"),
         (["--model", "m", "--intended-use", "x", "--force"], "say why"),
+        (["--model", "m", "--release", "--by", "me", "--why", "x"], "is about one --version"),
+        (["--model", "m", "--restrict", "--release", "--version", "1"], "others of its kind"),
+        (["--model", "m", "--restrict", "--rollback"], "others of its kind"),
+        (["--model", "m", "--version", "1", "--release", "--by", "me", "--intended-use", "x"], "say who and why"),
+        (["--model", "m", "--version", "1", "--release", "--by", "me", "--why", "x"], "needs an intended use"),
+        (["--model", "m", "--version", "1", "--restrict"], "was never released"),
         (["--model", "m", "--bundle", "/nowhere"], "there is no /nowhere"),
         (["--model", "a/b", "--bundle", "/nowhere"], "must begin with a letter"),
     ],

@@ -2,6 +2,7 @@
 
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from fastapi.testclient import TestClient
@@ -15,6 +16,7 @@ from raymed.results.predict_cases import ImageFolder
 from raymed.serve.app import create_app
 from raymed.serve.config import Access, Hardware, ServeConfig
 from raymed.serve.jobs import predict as work
+from raymed.serve.jobs.store import Store
 
 JOBS = "/v1/jobs"
 
@@ -62,6 +64,12 @@ def started(config):
     with TestClient(app) as client:
         client.jobs = app.state.service.jobs
         yield client
+
+
+def store_of(config) -> Store:
+    """As a server with the config opens it."""
+    jobs = create_app(config).state.service.jobs
+    return Store(Path(config.storage) / "serve" / "jobs" / "jobs.sqlite", jobs.served)
 
 
 def ask(client, source="set/manifest.csv", **more):

@@ -34,6 +34,8 @@ def test_a_manifest_is_answered_as_the_job_predict_answers_it(config, expected, 
         cases, images = (client.get(f"{asked.headers['Location']}/result?table={t}") for t in ("cases", "images"))
         assert cases.headers["content-type"].startswith("text/csv")
         assert same_numbers(cases.content, expected[0]) and same_numbers(images.content, expected[1])
+        told = [line for line in images.text.splitlines() if "the file is empty" in line]
+        assert len(told) == 1 and "not used: 004_left.png (the file is empty" in cases.text
         assert client.get(f"{JOBS}/{job['id']}/result").content == cases.content
         assert [each["id"] for each in client.get(JOBS).json()] == [job["id"]]
 
@@ -212,11 +214,12 @@ def test_requests_are_answered_while_a_job_runs(config, held, root):
 
 def test_the_store_is_for_its_owner_alone_and_shared_by_processes(tmp_path):
     path = tmp_path / "jobs" / "jobs.sqlite"
-    one, other = Store(path), Store(path)
+    one, other = Store(path, {"hsg": "x", "more": "y"}), Store(path, {"hsg": "x"})
     assert path.stat().st_mode & 0o077 == 0
     job = one.add("me", "predict", "hsg", "/x", 1)
     assert one.add("me", "predict", "hsg", "/x", 1) is None and other.get(job.id, "me").state == "queued"
-    claimed = other.claim(["hsg"])
-    assert claimed.job.id == job.id and one.claim(["else"]) is None
+    assert other.add("me", "predict", "hsg", "/x", 1) is None and Store(path, {"hsg": "z"}).unfinished() == []
+    assert [row.job.id for row in other.unfinished()] == [job.id] and one.claim("else") is None
+    assert other.claim(job.id).job.state == "running"
     assert one.finish(job.id, "cancelled") and not other.progress(job.id, 3) and not other.finish(job.id, "failed")
-    assert one.get(job.id, "me").finished is not None
+    assert one.get(job.id, "me").finished is not None and one.claim(job.id) is None

@@ -2,12 +2,20 @@
 
 import logging
 import shutil
+import tracemalloc
+from io import BytesIO
 
-from dicom_helpers import Archive, files, free_port, is_assessment, is_over, node, send_study, serving, texts
+import pydicom
+import pytest
+from dicom_helpers import Archive, content, files, free_port, is_assessment, is_over, node, send_study, serving, texts
 from pydicom.uid import SegmentationStorage
 from waiting import until
 
+from raymed.serve.dicom.endpoint import Endpoint, NotNow
+from raymed.serve.dicom.node import Node
+from raymed.serve.dicom.pacs import Receiver, send
 from raymed.serve.dicom.queue import Queue
+from raymed.serve.uploads.dicom import Counted
 
 NODE = "raymed.dicom"
 
@@ -31,6 +39,13 @@ def test_what_an_archive_does_not_take_holds_nothing_else_up(tmp_path, sent, ser
         until(lambda: len(pacs.of("SR")) == 2)
         overlays = [len(sent[0])] * 2  # are kept; a report goes a moment after it has arrived
         until(lambda: [len(result.files) for result in Queue(tmp_path).ready()] == overlays)
+
+
+def test_an_archive_that_takes_none_of_the_objects_is_there(tmp_path, sent):
+    (tmp_path / "image.dcm").write_bytes(content(sent[0][0]))
+    with Archive() as pacs:
+        ((_, why),) = send("RAYMED", Receiver("PACS1", "127.0.0.1", pacs.port), [tmp_path / "image.dcm"])
+    assert why == "the receiver takes no objects of this class"
 
 
 def test_an_endpoint_that_is_not_ready_is_asked_again_when_it_says(tmp_path, sent, app_config, bundle_folder, caplog):
@@ -66,11 +81,67 @@ def test_a_study_that_is_too_large_is_told_so(tmp_path, sent, app_config):
     assert not is_assessment(report) and "30000" in texts(report)
 
 
+def test_a_study_is_sent_without_being_held_in_memory(tmp_path, sent, app_config):
+    large = tmp_path / "large.dcm"
+    large.write_bytes(content(sent[0][0]))
+    with large.open("r+b") as file:
+        file.truncate(2**27)
+    with serving(app_config(**{"access.hosts": ("127.0.0.1",)})) as address:
+        endpoint = Endpoint(address, "hsg")
+        endpoint.ask([large])  # whatever is imported and made only once
+        tracemalloc.start()
+        (report,) = endpoint.ask([large])
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+    assert f"{2**26} bytes" in texts(pydicom.dcmread(BytesIO(report))) and most < 2**25
+
+
 def test_a_full_disk_is_said(tmp_path, sent):
     with node(tmp_path, "http://127.0.0.1:9", 9) as port:
         (tmp_path / "images").rmdir()
         (tmp_path / "images").touch()  # nothing can be written there
         assert set(send_study(sent[0], port)) == {0xA700}
+
+
+@pytest.mark.parametrize("after", [None, 0.0])
+def test_one_study_that_gets_no_answer_lets_others_go_first(tmp_path, sent, after):
+    """Whatever it is told: the server that is busy by this study alone says the same as one that is busy by all."""
+    asked = []
+
+    class Choosy(Endpoint):
+        def ask(self, files, before=""):
+            asked.append(pydicom.dcmread(files[0]).StudyInstanceUID)
+            if asked[-1] == sent[0][0].StudyInstanceUID:
+                raise NotNow("HTTP 503", after)
+            return [files[0].read_bytes()]
+
+    made = Node("RAYMED", {}, Choosy("http://127.0.0.1:9", "hsg"), Queue(tmp_path), quiet=0.0, longest_wait=0.01)
+    for study in sent[:3]:
+        made.queue.add(study[0].StudyInstanceUID, study[0].SOPInstanceUID, "PACS1", content(study[0]))
+    first, *rest = [study[0].StudyInstanceUID for study in sent[:3]]
+    until(lambda: made._ask() or asked.count(first) == 2)
+    assert asked == [first, *rest, first]
+
+
+def test_a_study_with_an_image_that_cannot_be_read_is_told_so(tmp_path, sent, server, monkeypatch):
+    crowded = pydicom.dcmread(BytesIO(content(sent[0][1])))
+    crowded.update({(0x0009, 0x1000 + i): pydicom.DataElement((0x0009, 0x1000 + i), "LO", "x") for i in range(400)})
+    monkeypatch.setattr(Counted, "left", 300)
+    with Archive() as pacs, node(tmp_path, server, pacs.port, quiet=2.0) as port:
+        send_study([sent[0][0], crowded], port)
+        (report,) = until(lambda: pacs.of("SR"))
+        until(lambda: is_over(tmp_path))
+    assert not is_assessment(report) and "too many data elements" in texts(report)
+
+
+def test_who_is_to_get_what_is_kept_is_asked_for(tmp_path, sent, caplog):
+    queue = Queue(tmp_path)
+    for study, title in zip(sent[:3], ("OLD", "OLD", "PACS1"), strict=True):
+        queue.add(study[0].StudyInstanceUID, study[0].SOPInstanceUID, title, content(study[0]))
+    queue.answer(queue.due(0)[0], [b"report"], "1/2")
+    with node(tmp_path, "http://127.0.0.1:9", 9, quiet=60.0):
+        told = [record.message for record in caplog.records if "--reply-to" in record.message]
+    assert told == ["results of 2 studies wait for OLD, whose address is not in --reply-to"]
 
 
 def test_one_study_that_cannot_be_asked_about_holds_no_other_up(tmp_path, sent, server, caplog):

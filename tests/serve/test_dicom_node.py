@@ -208,6 +208,10 @@ def test_receivers_are_named_for_every_sender():
         parse_receivers(["PACS1@10.0.0.5:104"], ["CT1"])
     with pytest.raises(UserError, match="name the AE titles"):
         parse_receivers(["PACS1@10.0.0.5:104"], [])
+    with pytest.raises(UserError, match="PACS has two addresses"):
+        parse_receivers(["CT1=PACS@10.0.0.5:104", "CT2=PACS@10.0.0.6:104"], ["CT1", "CT2"])
+    with pytest.raises(UserError, match="what CT1 sends is named twice"):
+        parse_receivers(["CT1=PACS1@10.0.0.5:104", "CT1=PACS2@10.0.0.6:104"], ["CT1"])
     for wrong in ("PACS1", "PACS1@host", "PACS1@host:0", "A_TITLE_FAR_TOO_LONG@host:1", "@host:1"):
         with pytest.raises(UserError, match="TITLE@HOST:PORT"):
             parse_receivers([wrong], ["PACS1"])

@@ -1,16 +1,23 @@
 """STOW-RS: a study goes in, DICOM comes out."""
 
+import asyncio
 import io
 import json
 
 import pydicom
 import pytest
 from dicom_helpers import content, flaws, texts
+from fastapi.testclient import TestClient
 from pydicom import Dataset
 from pydicom.sr.codedict import codes
+from waiting import until
 
 from raymed.config import UserError
-from raymed.serve.dicom.multipart import DICOM, read_related, write_related
+from raymed.serve.app import create_app
+from raymed.serve.dicom.multipart import DICOM, read_related, related_of_files, write_related
+from raymed.serve.dicom.overlay import overlay_size
+from raymed.serve.explain import Explainer
+from raymed.serve.uploads.dicom import Counted
 
 ADDRESS = "/v1/models/hsg/studies"
 RELATED = f'multipart/related; type="{DICOM}"'
@@ -58,6 +65,39 @@ def test_every_image_with_a_map_gets_an_overlay(client, sent):
     assert names == [ds.SOPInstanceUID for ds in sent[0]]
 
 
+def test_pictures_get_half_the_room_for_pixels(app_config, sent):
+    """Which they give back."""
+    small = next(study for study in sent if not any("NumberOfFrames" in ds for ds in study))
+    overlay = 3 * 384**2  # of an image of 64 x 64 pixels, enlarged
+    app = create_app(app_config(**{"limits.held_pixels": 3 * overlay}))
+    with TestClient(app) as client:
+        report, *overlays = results(post(client, small))
+        assert len(small) > len(overlays) == 1
+        assert f"no pictures of {len(small) - 1} of the heat maps" in texts(report)
+        room = app.state.service.room
+        until(lambda: room.free == room.pixels)
+
+
+def test_a_picture_is_as_large_as_is_reckoned(client, sent):
+    for study in sent[:4]:
+        for ds in results(post(client, study))[1:]:
+            image = next(i for i in study if i.SOPInstanceUID == ds.SourceImageSequence[0].ReferencedSOPInstanceUID)
+            footer = len(ds.PixelData) - overlay_size(image.Rows, image.Columns)
+            assert 0 < footer < 150 * 3 * ds.Columns
+
+
+def test_a_case_that_is_not_explained_in_time_is_answered_without_maps(app_config, sent, monkeypatch):
+    async def forever(self, item, fields, ask):
+        if fields.explain is not None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(Explainer, "__call__", forever)
+    with TestClient(create_app(app_config(**{"limits.timeout_s": 1.0}))) as client:
+        assert [ds.Modality for ds in results(post(client, sent[0]))] == ["SR"]
+        asked_for = post(client, sent[0], explain="occlusion")
+        assert asked_for.status_code == 503
+
+
 def test_who_asks_twice_gets_the_same_objects(client, sent):
     first, second = (results(post(client, sent[0])) for _ in range(2))
     assert [ds.SOPInstanceUID for ds in first] == [ds.SOPInstanceUID for ds in second]
@@ -85,6 +125,26 @@ def test_what_the_model_was_not_made_for_is_left_out_of_a_study(client, sent):
     assert [item.ReferencedSOPInstanceUID for item in evidence] == [sent[0][0].SOPInstanceUID]
     alone = post(client, [other])
     assert alone.status_code == 422 and alone.json()["field"] == "files[0].modality"
+
+
+def test_what_cannot_be_read_is_left_out_of_no_decision(client, sent, monkeypatch):
+    unknown = pydicom.dcmread(io.BytesIO(content(sent[0][1])))
+    unknown.file_meta.TransferSyntaxUID = pydicom.uid.HTJ2KLossless
+    unknown.PixelData = pydicom.encaps.encapsulate([b"pixels"])
+    crowded = pydicom.dcmread(io.BytesIO(content(sent[0][1])))
+    monkeypatch.setattr(Counted, "left", 300)
+    crowded.update({(0x0009, 0x1000 + i): pydicom.DataElement((0x0009, 0x1000 + i), "LO", "x") for i in range(400)})
+    for wrong, status in ((unknown, 415), (crowded, 413), (content(sent[0][1])[:300], 422), (b"no DICOM", 415)):
+        for accept in (RELATED, "application/json"):
+            refused = post(client, [sent[0][0], wrong], accept)
+            assert (refused.status_code, refused.json()["field"]) == (status, "files[1]")
+        assert post(client, [sent[0][0], wrong], JSON).status_code == 202  # which says so
+
+
+def test_a_report_in_an_encoding_that_is_not_taken_is_no_image(client, sent):
+    report = results(post(client, sent[0], results="report"))[0]
+    report.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+    assert len(results(post(client, [*sent[0], report], results="report"))) == 1
 
 
 def test_an_earlier_report_is_named(client, sent):
@@ -135,9 +195,14 @@ def test_what_cannot_be_used_is_said_without_values(client, sent):
     assert str(sent[0][0].PatientID) not in response.text and sent[0][0].SOPInstanceUID not in response.text
 
 
-def test_bodies_come_back_as_they_went():
+def test_bodies_come_back_as_they_went(tmp_path):
     parts = [b"", b"\r\n--x\r\n", bytes(range(256)) * 100]
     assert read_related(*write_related(parts)) == parts
+    for place, part in enumerate(parts):
+        (tmp_path / str(place)).write_bytes(part)
+    pieces, headers = related_of_files(sorted(tmp_path.iterdir()))
+    body = b"".join(pieces)
+    assert read_related(body, headers["Content-Type"]) == parts and headers["Content-Length"] == str(len(body))
     body, kind = write_related(parts)
     with pytest.raises(UserError):
         read_related(b"no boundary", kind)

@@ -306,6 +306,50 @@ def test_each_network_has_its_own_number_of_threads_and_other_work_all():
     engine.close()
 
 
+def test_a_device_is_found_to_compute_or_not(engine):
+    asyncio.run(engine.check(10))
+    assert engine.computes
+    engine.device = "cuda:99"
+    with pytest.raises(Exception, match="(?i)cuda"):
+        asyncio.run(engine.check(10))
+    assert not engine.computes
+    engine.device = "cpu"
+    asyncio.run(engine.check(10))
+    assert engine.computes
+    engine.close()
+    with pytest.raises(RuntimeError, match="ended"):
+        asyncio.run(engine.check(10))
+    assert not engine.computes
+
+
+def test_a_device_that_hangs_is_found_and_costs_no_place_in_the_queue(engine):
+    go = threading.Event()
+    running = engine._thread.submit(go.wait, 10)
+    until(running.running)
+    with pytest.raises(TimeoutError):
+        asyncio.run(engine.check(0.02))
+    assert not engine.computes and not engine.waiting
+    go.set()
+    asyncio.run(engine.check(10))
+    assert engine.computes
+
+
+def test_what_fails_with_its_device_is_to_come_again_elsewhere(engine, capfd):
+    def broken(batch):
+        engine.device = "cuda:99"
+        raise ValueError("of patient Kim")
+
+    async def ask():
+        return await asyncio.gather(
+            engine.ask(Lane("a", broken), ITEM), engine.alone("a", lambda: 1 / 0), return_exceptions=True
+        )
+
+    found = asyncio.run(ask())
+    assert all(isinstance(each, Problem) and each.status == 503 and each.headers for each in found)
+    told = capfd.readouterr().err
+    assert "ValueError" in told and "ZeroDivisionError" in told and "Kim" not in told
+
+
 def test_the_end_waits_for_what_runs_and_cancels_what_waits():
     engine = Engine(Hardware(device="cpu", threads=1), 8)
     go, began, done = threading.Event(), threading.Event(), []

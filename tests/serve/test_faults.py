@@ -66,6 +66,34 @@ def test_a_device_that_hangs_is_told_of_in_time_and_the_rest_of_the_server_goes_
         assert client.post(PREDICT, content=png).status_code == 200
 
 
+def test_a_server_whose_device_hangs_or_fails_is_not_ready_until_it_computes_again(
+    served, app_config, monkeypatch, capfd
+):
+    monkeypatch.setattr("raymed.serve.service._CHECK_S", 0.01)
+    address, app = served(app_config(**{"limits.timeout_s": 0.2}))
+    engine, paths = app.state.service.engine, ("/readyz", "/v2/health/ready", "/v2/models/hsg/ready")
+    with httpx.Client(base_url=address, timeout=20) as client:
+
+        def all_are(status: int) -> bool:
+            return [client.get(path).status_code for path in paths] == [status] * 3
+
+        until(lambda: all_are(200))
+        with hanging(app):
+            until(lambda: all_are(503))
+            assert client.get("/healthz").status_code == client.get("/v1/models/hsg").status_code == 200
+            found = client.get("/readyz").json()["hsg"]
+            assert not found["ready"] and found["versions"]
+            assert not client.get("/statusz").json()["hsg"]["ready"]
+            assert 'raymed_ready{model="hsg"} 0.0' in client.get("/metrics").text
+        until(lambda: all_are(200))
+        device, engine.device = engine.device, "cuda:99"
+        until(lambda: all_are(503))
+        engine.device = device
+        until(lambda: all_are(200))
+    events = [event for event in capfd.readouterr().err.splitlines() if '"event": "the device' in event]
+    assert len(events) == 4 and '"error": "TimeoutError"' in events[0]
+
+
 def test_of_a_crowd_as_many_are_answered_as_may_wait_and_the_others_told_to_come_again(served, app_config, png):
     places = 16
     address, app = served(app_config(**{"limits.queue": places}))

@@ -17,7 +17,7 @@ from raymed.serve.config import Hardware, Wanted
 from raymed.serve.engine import Engine
 from raymed.serve.handlers import Upload
 from raymed.serve.live import Origin
-from raymed.serve.models import CHALLENGER, CHAMPION, Models, Served
+from raymed.serve.models import CHALLENGER, CHAMPION, Models, Served, Unreachable
 from raymed.serve.problems import Problem
 from raymed.tasks.golden import with_golden
 
@@ -97,6 +97,29 @@ def test_an_alias_is_followed(server):
     assert (first, same, moved) == ((True, "1"), False, True)
     assert versions(models) == {"champion": "2"} and shelf.fetched == ["1", "2"]
     assert models.get("m").identity["version"] == "2" and models.get("m").identity["bundle"] == "digest of 2"
+
+
+def test_threads_that_read_the_champion_find_one_while_it_is_exchanged(server):
+    models, shelf = server(champion="1")
+    removed = []
+
+    class Versions(dict):
+        def pop(self, alias, *default):
+            removed.append(alias)
+            return super().pop(alias, *default)
+
+        def __delitem__(self, alias):
+            removed.append(alias)
+            super().__delitem__(alias)
+
+    async def swap():
+        await models.refresh("m")
+        models.served["m"].versions = Versions(models.served["m"].versions)
+        shelf.aliases[CHAMPION] = "2"
+        await models.refresh("m")
+
+    asyncio.run(swap())
+    assert versions(models) == {"champion": "2"} and removed == []
 
 
 def test_the_old_version_answers_to_the_end_and_then_its_memory_goes(server, images):
@@ -198,20 +221,29 @@ def test_what_was_refused_is_tried_again_later_or_when_somebody_asks(server, bun
     assert versions(models) == {"champion": "2"} and models.state()["m"]["refused"] == {}
 
 
-def test_pauses_grow(server):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (UserError("damaged"), [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]),
+        (Unreachable("the store does not answer"), [30] * 9),
+        (ConnectionError("the store does not answer"), [30] * 9),
+        (torch.OutOfMemoryError("the device is full"), [30] * 9),
+    ],
+)
+def test_pauses_grow_where_the_bundle_is_bad_itself(server, error, expected):
     models, shelf = server(champion="9")
-    shelf.bundles["9"] = UserError("damaged")
+    shelf.bundles["9"] = error
 
     async def tries():
         pauses = []
-        for _ in range(9):
+        for _ in expected:
             await models.refresh("m")
             refusal = models.served["m"].refused[CHAMPION]
             pauses.append(refusal.pause)
             models.served["m"].refused[CHAMPION] = replace(refusal, until=0.0)
         return pauses
 
-    assert asyncio.run(tries()) == [30, 60, 120, 240, 480, 960, 1920, 3600, 3600]
+    assert asyncio.run(tries()) == expected
 
 
 def test_a_registry_that_is_gone_changes_nothing_and_tells_no_password(server):

@@ -14,13 +14,14 @@ from registries import weights_of
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
-from raymed.registry.promote import promote
+from raymed.registry.promote import promote, release, restrict
 from raymed.registry.register import identity
 from raymed.registry.store import version_of
 from raymed.serve.app import create_app
 from raymed.serve.config import Follow, ServeConfig, Wanted
 from raymed.serve.kept import Kept, kept_of
-from raymed.serve.live import Origin
+from raymed.serve.live import Origin, identity_of
+from raymed.serve.models import Unreachable
 from raymed.serve.sources import Folder, Registry, registered, source_of
 from raymed.tracking import connect
 
@@ -70,6 +71,27 @@ def test_a_version_by_number_stays(client, storage):
     assert source.newest("champion").version == "1" and source.newest("challenger") is None
 
 
+def test_a_release_is_another_origin_whose_answers_are_not_for_research_only(source, client):
+    promote(client, version_of(client, "hsg", 1), "triage")
+    before = source.newest("champion")
+    release(client, version_of(client, "hsg", 1), by="the board", why="study 12")
+    after, bundle = source.newest("champion"), source.fetch(source.newest("champion"))
+    assert (before.research_only, after.research_only) == (True, False) and before.digest == after.digest
+    assert before != after and identity_of("hsg", bundle, after)["research_only"] is False
+    restrict(client, version_of(client, "hsg", 1))
+    assert source.newest("champion") == before
+
+
+def test_a_bundle_that_says_so_without_a_decision_is_for_research_only(source, client):
+    described = weights_of(client, 1).with_name("bundle.json")
+    said = json.loads(described.read_text())
+    said["contract"] |= {"research_only": False}
+    described.write_text(json.dumps(said))
+    origin = source.newest("champion")
+    assert identity_of("hsg", source.fetch(origin), origin)["research_only"] is True
+    assert Folder(str(described.parent)).newest("champion").research_only is False
+
+
 def test_another_intended_use_is_another_origin_of_the_same_weights(source, client):
     before = source.newest("champion")
     promote(client, version_of(client, "hsg", 1), "triage of HSG")
@@ -85,7 +107,20 @@ def test_a_flipped_byte_is_found_and_said_alike_every_time(source, client):
         with pytest.raises(UserError, match="models:/hsg/1.* is damaged: its sha256 is not the one") as error:
             source.fetch(source.newest("champion"))
         messages.add(str(error.value))
+        assert not isinstance(error.value, Unreachable)
     assert len(messages) == 1
+
+
+def test_a_store_that_is_gone_says_nothing_of_the_bundle(source, storage, monkeypatch):
+    origin = source.newest("champion")
+    with pytest.raises(Unreachable, match="MLflow does not answer"):
+        Registry("models:/hsg@champion", NOBODY, storage).fetch(origin)
+    for name, value in {"RAYMED_S3_PATIENCE": "0", "AWS_ENDPOINT_URL": NOBODY, "AWS_REGION": "us-east-1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    with pytest.raises(Unreachable, match="S3 does not answer"):
+        Folder("s3://bucket/hsg").fetch(origin)
 
 
 def test_a_bundle_that_was_exchanged_with_its_hashes_is_found(source, client):

@@ -11,10 +11,12 @@ import hostile
 import numpy as np
 import pydicom
 import pytest
+from fastapi.testclient import TestClient
 from hostile import GREY, NAME, RGB
 
 from raymed.bundle import Bundle
 from raymed.data.readers import read
+from raymed.serve.app import create_app
 from raymed.serve.config import Limits
 from raymed.serve.contract import check_contract
 from raymed.serve.handlers import Upload
@@ -26,8 +28,8 @@ HARMLESS = "exif.jpg loop.tif zeros.nii.gz slope.nii window.dcm charset.dcm tile
 FRAMES = np.stack([np.roll(GREY, i, axis=1) for i in range(6)])
 
 
-def decoded(content, limits=None, window=None, frames=None, room=None, place=1):
-    return decode(File(content, f"{NAME}.png"), place, limits or Limits(), window, frames, room)
+def decoded(content, limits=None, window=None, frames=None, case=None, place=1):
+    return decode(File(content, f"{NAME}.png"), place, limits or Limits(), window, frames, case)
 
 
 def problem(content, **kwargs) -> Problem:
@@ -176,17 +178,40 @@ def test_nothing_is_inflated_that_nobody_asked_for():
 
 def test_room_is_given_back_when_the_pixels_are_gone():
     room, content = Room(3 * GREY.size), hostile.picture(GREY, "PNG")
-    held = [decoded(content, room=room) for _ in range(3)]
-    busy = problem(content, room=room)
+    held = [decoded(content, case=room.case()) for _ in range(3)]
+    busy = problem(content, case=room.case())
     assert busy.status == 503 and busy.headers["Retry-After"] == "1" and busy.field is None
     held.pop()
     assert room.free == GREY.size
-    assert decoded(content, room=room)
-    problem(hostile.picture(np.full_like(GREY, 3), "PNG"), room=room)
+    assert decoded(content, case=room.case())
+    problem(hostile.picture(np.full_like(GREY, 3), "PNG"), case=room.case())
     held.clear()
     gc.collect()
     assert room.free == 3 * GREY.size
-    assert problem(content, room=Room(10)).status == 413
+
+
+def test_a_case_that_never_finds_room_is_told_so_before_any_of_it_is_decoded():
+    room, content = Room(3 * GREY.size - 1), hostile.picture(GREY, "PNG")
+    volume = hostile.nifti(hostile.volume())
+    refused = problem(content, case=Room(GREY.size - 1).case())
+    assert (refused.status, refused.field) == (413, "files") and not refused.headers
+    case = room.case()
+    held = decoded(content, case=case), decoded(content, case=case)
+    assert problem(content, case=case).status == 413
+    assert problem(content, case=room.case()).status == 503, "another case is told to come again"
+    assert problem(volume, case=Room(hostile.volume().size - 1).case()).status == 413
+    assert len(held) == 2
+
+
+def test_files_of_one_request_count_together(app_config, png):
+    pixels = decoded(png)[0].pixels.size
+    with TestClient(create_app(app_config(**{"limits.held_pixels": 2 * pixels}))) as client:
+        for _ in range(2):
+            assert ask(client, files=[("file", png)] * 2).status_code == 200
+            refused = ask(client, files=[("file", png)] * 3)
+            assert refused.status_code == 413 and "retry-after" not in refused.headers
+            assert refused.json()["field"] == "files"
+        assert client.app.state.service.room.free == 2 * pixels
 
 
 def bundle_for(**contract) -> Bundle:

@@ -58,6 +58,8 @@ def prepare(config: Config) -> Launch:
     group, subnets = _network(session)
     _profiles(session)
     variables = {"RAYMED_HOME": config.storage.rstrip("/"), "AWS_DEFAULT_REGION": session.region_name}
+    account = session.client("sts").get_caller_identity()["Account"]
+    place = {"account": account, "region": session.region_name}
 
     def change(content: dict[str, Any]) -> None:
         if config.max_workers is not None:
@@ -65,7 +67,7 @@ def prepare(config: Config) -> Launch:
         for kind in content["available_node_types"].values():
             _complete(kind["node_config"], group, subnets, session)
 
-    return Launch("aws", config.file, {"region": session.region_name}, variables, change)
+    return Launch("aws", config.file, {"region": session.region_name}, variables, place, change)
 
 
 def status(cluster: Cluster) -> Sequence[Line]:
@@ -74,11 +76,18 @@ def status(cluster: Cluster) -> Sequence[Line]:
 
 
 def down(cluster: Cluster) -> None:
-    """End all of it. Raises UserError where machines are left."""
-    launcher.down(cluster)
-    left = machines(_session(cluster.environment["AWS_DEFAULT_REGION"]))
-    if left:
-        raise UserError(f"machines are left, and cost: aws ec2 terminate-instances --instance-ids {' '.join(left)}")
+    """End all of it. Raises UserError where machines are left, or cannot be looked for; it is then still remembered."""
+    region = cluster.environment["AWS_DEFAULT_REGION"]
+
+    def check() -> None:
+        left = machines(_session(region))
+        if left:
+            raise UserError(
+                f"machines are left, and cost: aws ec2 terminate-instances --region {region} --instance-ids "
+                f"{' '.join(left)}, then take the cluster down again"
+            )
+
+    launcher.down(cluster, check)
 
 
 def reached(cluster: Cluster) -> AbstractContextManager[str]:

@@ -64,7 +64,8 @@ def prepare(config: Config) -> Launch:
 
     values = {"google_project": project, "region": region, "zone": config.zone}
     variables = {"RAYMED_HOME": _MOUNT, "RAYMED_BUCKET": config.bucket}
-    return Launch("gcp", config.file, values, variables, change)
+    place = {"project": project, "zone": config.zone}
+    return Launch("gcp", config.file, values, variables, place, change)
 
 
 def status(cluster: Cluster) -> Sequence[Line]:

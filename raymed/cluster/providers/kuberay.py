@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from raymed.cluster import state
 from raymed.cluster.providers import Line
-from raymed.cluster.providers.launcher import PROJECT, need
+from raymed.cluster.providers.launcher import PROJECT, check_place, need
 from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
@@ -57,23 +57,26 @@ class Config:
 
 
 def up(config: Config) -> Cluster:
-    """Bring it up, or up to date. Raises UserError, before anything is made, for a missing kubectl, a Kubernetes that
-    does not answer, and one without KubeRay."""
+    """Bring it up, or up to date. Raises UserError, before anything is made, for a missing kubectl, a cluster that is
+    up elsewhere, a Kubernetes that does not answer, and one without KubeRay."""
     if not config.storage.startswith("s3://"):
         raise UserError(f"--storage must be s3://BUCKET/PREFIX, which all pods reach, got {config.storage!r}")
     need("kubectl", by={"kubectl": "apt install kubernetes-client, or from kubernetes.io"})
-    kubectl = _kubectl(config.context, config.namespace)
+    context = config.context or _current_context()
+    place = {"context": context, "namespace": config.namespace}
+    before = state.load()
+    check_place(before, place)
+    kubectl = _kubectl(context, config.namespace)
     _check_operator(kubectl)
     kept = _kept(kubectl, config.namespace)
     folder = written(config, kept)
-    before = state.load()
     tunnels = {name: port_for(before, name) for name in _FAR}
     cluster = Cluster(
         "kuberay",
         addresses={name: f"http://127.0.0.1:{port}" for name, port in tunnels.items()},
         environment=_of_clients(config, tunnels["mlflow"]),
         processes=before.processes if before else (),
-        facts={"kubectl": kubectl, "folder": str(folder), "tunnels": tunnels},
+        facts={"kubectl": kubectl, "folder": str(folder), "tunnels": tunnels, "place": place},
     )
     state.save(cluster)
     _apply(kubectl, folder, config.namespace)
@@ -154,7 +157,14 @@ def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
         yield name, done.stdout if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
-def _kubectl(context: str | None, namespace: str) -> list[str]:
+def _current_context() -> str:
+    """Its name, by which the cluster is found again when another one is current; "" where kubectl has none, as in a
+    pod."""
+    done = _run(["kubectl"], "config", "current-context")
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def _kubectl(context: str, namespace: str) -> list[str]:
     return ["kubectl", f"--namespace={namespace}", *([f"--context={context}"] if context else [])]
 
 

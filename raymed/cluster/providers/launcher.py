@@ -1,10 +1,11 @@
 """Clusters that Ray's own launcher makes from a file (`ray up`): what aws and gcp have in common.
 
 The file is cluster/PROVIDER.yaml with <words> filled in. The filled one lies in the state's folder, as do the token and
-the variables that the machines get by it, for their owner's eyes alone. The way in is SSH through the cloud's own
-proxy; dashboard and MLflow are reached by tunnels that end at 127.0.0.1.
+the variables that the machines get by it, for their owner's eyes alone, and a copy of what they get of the project. The
+way in is SSH through the cloud's own proxy; dashboard and MLflow are reached by tunnels that end at 127.0.0.1.
 """
 
+import logging
 import os
 import re
 import secrets
@@ -24,7 +25,10 @@ from raymed.cluster.state import Cluster
 from raymed.config import UserError
 
 PROJECT = Path(__file__).resolve().parents[3]
-_TOKEN, _VARIABLES = "ray.token", "node.env"
+_TOKEN, _VARIABLES, _COPY = "ray.token", "node.env", "project"
+# Nothing else goes along: a project folder may hold data and secrets that are nobody else's business.
+_OF_PROJECT = ("LICENSE", "README.md", "cluster/node.sh", "pyproject.toml", "raymed")
+_LOG = logging.getLogger(__name__)
 _DASHBOARD, _MLFLOW = 8265, 5000  # on the head, whose other ports nobody but the cluster reaches
 _USER = "raymed"
 _LOGS = {
@@ -40,6 +44,7 @@ class Launch:
 
     template: the file with <words>; values: what they become.
     variables: of every machine, beside those that all get.
+    place: where the machines are, in the cloud's terms: a cluster elsewhere is another one.
     change: what is set in the file's content at last.
     """
 
@@ -47,6 +52,7 @@ class Launch:
     template: Path
     values: Mapping[str, str]
     variables: dict[str, str]
+    place: Mapping[str, str]
     change: Callable[[dict[str, Any]], None] = lambda config: None
 
 
@@ -68,7 +74,7 @@ def written(launch: Launch) -> Path:
     if not (home / _TOKEN).is_file():
         _write(home / _TOKEN, secrets.token_hex(32))
     _write(home / _VARIABLES, _lines(launch.variables | _shared(home)))
-    own = {"token": str(home / _TOKEN), "variables": str(home / _VARIABLES), "project": str(PROJECT)}
+    own = {"token": str(home / _TOKEN), "variables": str(home / _VARIABLES), "project": str(_copied(home / _COPY))}
     try:
         config = yaml.safe_load(filled(launch.template.read_text(), {**own, **launch.values}))
     except (OSError, yaml.YAMLError) as error:
@@ -78,6 +84,23 @@ def written(launch: Launch) -> Path:
     path = home / f"{launch.provider}.yaml"
     _write(path, yaml.safe_dump(config, sort_keys=False))
     return path
+
+
+def of_project() -> list[str]:
+    """Files that the machines get, relative to the project folder: what node.sh installs, without links, hidden files
+    and what .gitignore and .rayignore name."""
+    from ray._private.runtime_env import packaging
+
+    found: list[str] = []
+
+    def visit(path: Path) -> None:
+        if path.is_file():
+            found.append(str(path.relative_to(PROJECT)))
+
+    left_out = [_is_hidden, *packaging.get_excludes_from_ignore_files(PROJECT, include_gitignore=True, logger=_LOG)]
+    for name in _OF_PROJECT:
+        packaging._dir_travel(PROJECT / name, left_out, visit, include_gitignore=True, logger=_LOG)
+    return sorted(found)
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -105,8 +128,10 @@ def checked(config: Mapping[str, Any], name: Path) -> None:
 
 
 def up(launch: Launch) -> Cluster:
-    """Bring it up, or up to date. Raises UserError where Ray's launcher fails; `down` ends what it had started."""
+    """Bring it up, or up to date. Raises UserError for one that is up elsewhere, and where Ray's launcher fails; `down`
+    ends what it had started."""
     before = state.load()
+    check_place(before, launch.place)
     path = written(launch)
     tunnels = {"dashboard": port_for(before, "dashboard"), "mlflow": port_for(before, "mlflow")}
     cluster = Cluster(
@@ -114,7 +139,7 @@ def up(launch: Launch) -> Cluster:
         addresses={name: f"http://127.0.0.1:{port}" for name, port in tunnels.items()},
         environment=_of_clients(launch.variables, tunnels["mlflow"]),
         processes=before.processes if before else (),
-        facts={"file": str(path), "tunnels": tunnels},
+        facts={"file": str(path), "tunnels": tunnels, "place": dict(launch.place)},
     )
     state.save(cluster)
     if ray(["up", "--yes", "--disable-usage-stats", str(path)]):
@@ -123,6 +148,15 @@ def up(launch: Launch) -> Cluster:
             "started: python -m raymed.cluster down"
         )
     return opened(cluster, _tunnels(cluster))
+
+
+def check_place(before: Cluster | None, place: Mapping[str, str]) -> None:
+    """Raises UserError where the cluster that is up is in another place: it would be forgotten, and go on costing."""
+    was = before.facts.get("place", place) if before else place
+    differing = [name for name in place if was.get(name) != place[name]]
+    if differing:
+        old, new = (", ".join(f"{name} {there.get(name)!r}" for name in differing) for there in (was, place))
+        raise UserError(f"a cluster is up already, in {old}, not in {new}: python -m raymed.cluster down first")
 
 
 def status(cluster: Cluster) -> Sequence[Line]:
@@ -140,15 +174,19 @@ def status(cluster: Cluster) -> Sequence[Line]:
     return lines
 
 
-def down(cluster: Cluster) -> None:
+def down(cluster: Cluster, check: Callable[[], None] = lambda: None) -> None:
     """End all machines; MLflow's database is brought to the storage before. Raises UserError where Ray's launcher
-    fails: the cluster is then still remembered, since its machines cost money."""
+    fails: the cluster is then still remembered, since its machines cost money.
+
+    check: looks for machines that are left; the cluster is remembered too where it raises.
+    """
     file = cluster.facts["file"]
     if ray(["exec", "--disable-usage-stats", file, "sudo systemctl stop raymed-mlflow"]):
         print("MLflow did not end in order: what it was told in the last minute may be lost", file=sys.stderr)
     if ray(["down", "--yes", file]):
         raise UserError(f"`ray down {file}` failed, as it says above: machines may be running, and cost; try again")
     close(cluster)
+    check()
     state.forget()
 
 
@@ -223,6 +261,19 @@ def _of_clients(variables: Mapping[str, str], mlflow_port: int) -> dict[str, str
     ray = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / _TOKEN)}
     storage = {name: value for name, value in variables.items() if name in ("RAYMED_HOME", "AWS_DEFAULT_REGION")}
     return storage | shared | ray | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow_port}"}
+
+
+def _copied(folder: Path) -> Path:
+    """`of_project`, as it is now, in a folder. Times stay, so that rsync sends only what has changed."""
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in of_project():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(PROJECT / name, folder / name)
+    return folder
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.is_symlink()
 
 
 def _lines(variables: Mapping[str, str]) -> str:

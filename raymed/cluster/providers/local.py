@@ -43,6 +43,7 @@ _INTERNAL = (  # ports that nobody types
 )
 _OWN = ("RAY_", "MLFLOW_", "AWS_")  # variables of whoever calls `up` that are not for this cluster
 _AGAIN = "see `logs`, then make cluster-down and make cluster-up; what is stored stays"
+_HEALTHY = "success"  # of Serve's proxies, and of no other program
 _SERVE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy"}
 
 
@@ -75,11 +76,13 @@ class Config:
 def up(config: Config) -> Cluster:
     """Bring the cluster up, or find it up. What fails or is interrupted is ended before this returns.
 
-    Raises UserError: a port is taken, a program is missing, a part does not start, or one that was up is down.
+    Raises UserError: a port is taken, a program is missing, a part does not start, or one that was up is down or is
+    not as it is asked for.
     """
     with _alone():
         found = state.load()
         if found is not None:
+            _check_same(found, config)
             return _whole(found)
         mlflow.check_installed()
         if config.isolated:
@@ -111,6 +114,19 @@ def _alone() -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _check_same(cluster: Cluster, config: Config) -> None:
+    """Raises UserError for flags that the cluster which is up was brought up without. A default asks for nothing."""
+    have = cluster.facts | {f"{name}_port": cluster.facts["ports"][name] for name in _USUAL}
+    asked = {f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default}
+    other = [
+        f"--{name.replace('_', '-')}{'' if value is True else f' {value} (it has {have[name]})'}"
+        for name, value in asked.items()
+        if value != have[name]
+    ]
+    if other:
+        raise UserError(f"a cluster is up without {', '.join(other)}: make cluster-down first")
 
 
 def _whole(cluster: Cluster) -> Cluster:
@@ -148,6 +164,7 @@ def _planned(config: Config) -> Cluster:
         environment["RAY_ADDRESS"] = addresses["ray"] = f"127.0.0.1:{chosen['gcs']}"
     temporary = tempfile.mkdtemp(prefix="raymed-", dir="/tmp")
     facts = {"temporary": temporary, "ports": chosen, "isolated": config.isolated}
+    facts |= {"workers": config.workers, "cpus": config.shared}
     return Cluster("local", addresses, environment, (), facts)
 
 
@@ -314,13 +331,20 @@ def _line(cluster: Cluster, process: state.Process) -> Line:
 
 
 def _serve(cluster: Cluster) -> Line:
-    """Nothing deployed is nothing wrong."""
+    """Nothing deployed, and so nobody who listens, is nothing wrong. The relay listens all the same, and hangs up."""
+    import httpx
+
     url = cluster.addresses["serve"]
+    hung_up = (httpx.ReadError, httpx.RemoteProtocolError) if cluster.facts["isolated"] else ()
     try:
-        services.get(f"{url}/-/healthz")
-        return Line("serve", True, url)
-    except Silent:
+        answer = httpx.get(f"{url}/-/healthz", timeout=services.SECONDS, trust_env=False)
+    except (httpx.ConnectError, *hung_up):
         return Line("serve", True, f"nothing is deployed; it is to listen at {url}")
+    except httpx.HTTPError as error:
+        return Line("serve", False, f"no answer at {url} ({type(error).__name__}): {_AGAIN}")
+    if answer.text != _HEALTHY:
+        return Line("serve", False, f"{url} answers {answer.status_code}, {answer.text[:200]!r}: {_AGAIN}")
+    return Line("serve", True, url)
 
 
 def _listening(cluster: Cluster) -> list[Line]:

@@ -37,9 +37,10 @@ START_SECONDS = 300.0
 _DASHBOARD, _GCS, _MLFLOW = 8265, 6379, 5000
 _NAME = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9][\w.:-]*")
 _PATH = re.compile(r"/[\w./+-]+")
-_OF_BUCKET = (
-    *("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    *("AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION"),
+_OF_BUCKET = (  # what belongs together in a line
+    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
+    ("AWS_ENDPOINT_URL",),
+    ("AWS_REGION", "AWS_DEFAULT_REGION"),
 )
 _AGAIN = "python -m raymed.cluster up onprem, with the flags of the first time, brings it up to date"
 
@@ -50,7 +51,8 @@ class Config:
 
     storage: str
     """Where everything lasting goes: a folder that every host mounts at the same path, or s3://BUCKET/PREFIX, with the
-    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION of this shell."""
+    AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_ENDPOINT_URL and AWS_REGION of this shell or, where it has none, those
+    that the cluster has."""
     hosts: tuple[str, ...] = ()
     """[USER@]ADDRESS of each, as ssh takes it; the first is the head."""
     hosts_file: Path | None = None
@@ -68,7 +70,7 @@ class Config:
     wheels: str | None = None
     """With --install: a folder on every host that has all packages as wheels; nothing is fetched then."""
     head_works: bool = False
-    """The head's host is a worker too. A single host always is."""
+    """The head's host is a worker too. A single host always is; one that was, stays it until the cluster is down."""
 
     def __post_init__(self):
         if not self.storage.startswith("s3://") and not _PATH.fullmatch(self.storage):
@@ -97,8 +99,9 @@ def up(config: Config) -> Cluster:
     """Bring it up, or up to date: hosts that are new in the list join, those no longer in it are left.
 
     Raises UserError, for all hosts at once and before anything is written to one of them: for one that cannot be
-    reached or used, belongs to another cluster, or has no Python or other versions. Later, for storage that a host
-    cannot write or does not share, and for a head that a host cannot reach; `down` then ends what there is.
+    reached or used, belongs to another cluster, or has no Python or other versions. Later, but before a service is
+    stopped or started, for storage that a host cannot write or does not share; at last, for a head that a host cannot
+    reach; `down` then ends what there is. What is not in the list and cannot be ended is remembered, and told of.
     """
     names, before = config.names(), state.load()
     check_here(config.key, config.ssh_config)
@@ -107,9 +110,9 @@ def up(config: Config) -> Cluster:
     number = before.facts["id"] if before else secrets.token_hex(8)
     machines = _usable(config, names, number)
     cluster = _planned(config, before, machines, number)
-    state.save(cluster)
-    for error in _ended([host for host in _hosts(before) if host.name not in names] if before else []).values():
-        print(f"no longer in the list, but not ended: {error}", file=sys.stderr, flush=True)
+    # Clients go on with the environment of before until hosts have found the new one good.
+    state.save(dataclasses.replace(cluster, environment=before.environment) if before else cluster)
+    cluster = _without_left(cluster)
     if config.install:
         _install(config, machines)
     _put(config, cluster, machines)
@@ -165,10 +168,16 @@ def _planned(config: Config, before: Cluster | None, machines: Sequence[Machine]
         "MLFLOW_TRACKING_URI": addresses["mlflow"],
         "MLFLOW_TRACKING_USERNAME": mlflow.USER,
         "MLFLOW_TRACKING_PASSWORD": password,
-    } | _of_bucket(config)
+    } | _of_bucket(config, before)
+    names = [machine.host.name for machine in machines]
+    works, worked = config.head_works or len(names) == 1, before is not None and before.facts.get("head_works", False)
+    if worked and not works:
+        print(f"{names[0]} stays a worker too, since jobs may run there; after `down` it need not be one", flush=True)
     facts = {
         "id": number,
-        "hosts": [machine.host.name for machine in machines],
+        "hosts": names,
+        "left": [host.name for host in _all_hosts(before) if host.name not in names] if before else [],
+        "head_works": works or worked,
         "key": machines[0].host.key,
         "ssh_config": machines[0].host.config,
         "head": machines[0].address,
@@ -177,10 +186,27 @@ def _planned(config: Config, before: Cluster | None, machines: Sequence[Machine]
     return Cluster("onprem", addresses, environment, before.processes if before else (), facts)
 
 
-def _of_bucket(config: Config) -> dict[str, str]:
-    """What reaches the bucket, if that is the storage; a profile of this machine's means nothing to others."""
-    given = os.environ if config.storage.startswith("s3://") else {}
-    return {name: given[name] for name in _OF_BUCKET if name in given}
+def _of_bucket(config: Config, before: Cluster | None) -> dict[str, str]:
+    """What reaches the bucket, if that is the storage: this shell's or, where it has none, what the cluster has for
+    it. A profile of this machine's means nothing to others."""
+    if not config.storage.startswith("s3://"):
+        return {}
+    known = before.environment if before else {}
+    if known.get("RAYMED_HOME") != config.storage.rstrip("/"):
+        known = {}
+    found: dict[str, str] = {}
+    for names in _OF_BUCKET:
+        source = os.environ if any(os.environ.get(name) for name in names) else known
+        found |= {name: source[name] for name in names if source.get(name)}
+    return found
+
+
+def _without_left(cluster: Cluster) -> Cluster:
+    """End the hosts that are no longer in the list; those where that failed stay remembered."""
+    errors = _ended(_hosts(cluster, "left"))
+    for error in errors.values():
+        print(f"no longer in the list, but not ended: {error}\n`up` and `down` try again", file=sys.stderr, flush=True)
+    return dataclasses.replace(cluster, facts=cluster.facts | {"left": list(errors)})
 
 
 def _install(config: Config, machines: list[Machine]) -> None:
@@ -200,30 +226,43 @@ def _install(config: Config, machines: list[Machine]) -> None:
 
 
 def _put(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
-    """Files and services on all hosts, the head first."""
+    """Files and services on all hosts, the head first, once all of them can write the storage."""
     token = (state.folder() / "token").read_text()
     environment = _of_services(config, cluster)
-    services = {machine.host.name: _services(config, machines, machine) for machine in machines}
-
-    def write(machine: Machine) -> None:
-        name = machine.host.name
+    wanted: dict[str, onprem_host.Contents] = {}
+    for machine in machines:
         is_head = machine is machines[0]
         words = {"user": machine.user, "venv": config.venv, "head": cluster.facts["head"], "address": machine.address}
-        # A node's name; and one log monitor a machine, since two would tell a driver everything twice.
-        words |= {"name": f"worker-{machine.address}", "logs": str(not is_head).lower()}
-        wanted = onprem_host.contents(services[name], words, token, environment)
-        onprem_host.write(machine, cluster.facts["id"], wanted)
-        onprem_host.check_storage(machine, config.venv, cluster.facts["id"], is_first=is_head)
-        onprem_host.start(machine, services[name])
+        # One log monitor a machine, since two would tell a driver everything twice.
+        words |= {"name": _worker(machine), "logs": str(not is_head).lower()}
+        services = _services(cluster, is_head)
+        wanted[machine.host.name] = onprem_host.contents(services, words, token, environment)
+
+    def check(machine: Machine) -> None:
+        is_first, contents = machine is machines[0], wanted[machine.host.name]
+        onprem_host.check_storage(machine, config.venv, cluster.facts["id"], contents, is_first=is_first)
+
+    def write(machine: Machine) -> None:
+        contents = wanted[machine.host.name]
+        onprem_host.write(machine, cluster.facts["id"], contents)
+        onprem_host.start(machine, contents.services)
 
     print(f"bringing services to {len(machines)} host(s)", flush=True)
+    check(machines[0])
+    on_each(machines[1:], check)
+    state.save(cluster)
     write(machines[0])
     on_each(machines[1:], write)
 
 
-def _services(config: Config, machines: Sequence[Machine], machine: Machine) -> tuple[str, ...]:
-    head, also_works = machine is machines[0], config.head_works or len(machines) == 1
-    return (("raymed-head", "raymed-mlflow") if head else ()) + (("raymed-worker",) if also_works or not head else ())
+def _services(cluster: Cluster, is_head: bool) -> tuple[str, ...]:
+    works = not is_head or cluster.facts["head_works"]
+    return (("raymed-head", "raymed-mlflow") if is_head else ()) + (("raymed-worker",) if works else ())
+
+
+def _worker(machine: Machine) -> str:
+    """Its node's name."""
+    return f"worker-{machine.address}"
 
 
 def _of_services(config: Config, cluster: Cluster) -> dict[str, str]:
@@ -241,24 +280,19 @@ def _of_services(config: Config, cluster: Cluster) -> dict[str, str]:
 
 def _wait(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
     """Until all parts answer. Raises UserError, with the log of what does not."""
-    until, wanted = (
-        time.monotonic() + START_SECONDS,
-        len(machines) - 1 + ("raymed-worker" in _services(config, machines, machines[0])),
-    )
-    print(f"waiting for MLflow, the head and {wanted} worker(s)", flush=True)
-    are_reached = False
+    until = time.monotonic() + START_SECONDS
+    workers = {_worker(m) for m in machines if "raymed-worker" in _services(cluster, m is machines[0])}
+    print(f"waiting for MLflow, the head and {len(workers)} worker(s)", flush=True)
+    to_head, are_reached = (config.venv, cluster.facts["head"], _GCS, _MLFLOW), False
     while True:
         try:
             mlflow.ask(cluster.environment)
             there = ray.nodes(cluster.addresses["dashboard"], cluster.environment)
-            if len(there) == wanted + 1:
+            if not (absent := {"head", *workers} - there.keys()):
                 return
-            missing = f"of {wanted + 1} nodes there are only {', '.join(sorted(there))}"
+            missing = f"there is no node {', '.join(sorted(absent))}"
             if not are_reached:
-                on_each(
-                    machines[1:],
-                    lambda m: onprem_host.check_reaches(m, config.venv, cluster.facts["head"], _GCS, _MLFLOW),
-                )
+                on_each(machines[1:], lambda m: onprem_host.check_reaches(m, *to_head))
                 are_reached = True
         except Silent as silent:
             missing = str(silent)
@@ -285,6 +319,8 @@ def status(cluster: Cluster) -> Sequence[Line]:
 
     on_each(_hosts(cluster), look)
     lines = [line for host in _hosts(cluster) for line in found[host.name]]
+    left = "it is no longer in the list, but was not ended: `up`, as before, ends it when it can be reached"
+    lines += [Line(host.name, False, left) for host in _hosts(cluster, "left")]
     try:
         cluster = _through_tunnels(cluster)
     except UserError as error:
@@ -319,8 +355,9 @@ def down(cluster: Cluster) -> None:
     Raises UserError where a host cannot be reached: the others are ended, and that one is still remembered.
     """
     tunnels.close(state.load() or cluster)
-    if errors := _ended(_hosts(cluster)):
-        state.save(dataclasses.replace(cluster, processes=(), facts=cluster.facts | {"hosts": list(errors)}))
+    if errors := _ended(_all_hosts(cluster)):
+        facts = cluster.facts | {"hosts": list(errors), "left": []}
+        state.save(dataclasses.replace(cluster, processes=(), facts=facts))
         told = "\n".join(errors.values())
         raise UserError(
             f"{told}\nwhat runs there was not ended: `down` again when it can be reached or, where it is gone for "
@@ -360,8 +397,13 @@ def _ended(hosts: Sequence[Host]) -> dict[str, str]:
     return {host.name: errors[host.name] for host in hosts if host.name in errors}
 
 
-def _hosts(cluster: Cluster) -> list[Host]:
-    return [Host(name, cluster.facts["key"], cluster.facts["ssh_config"]) for name in cluster.facts["hosts"]]
+def _hosts(cluster: Cluster, which: str = "hosts") -> list[Host]:
+    """Those of the list, or those that were "left" out of it and are not ended yet."""
+    return [Host(name, cluster.facts["key"], cluster.facts["ssh_config"]) for name in cluster.facts.get(which, ())]
+
+
+def _all_hosts(cluster: Cluster) -> list[Host]:
+    return _hosts(cluster) + _hosts(cluster, "left")
 
 
 def _through_tunnels(cluster: Cluster) -> Cluster:
@@ -370,8 +412,6 @@ def _through_tunnels(cluster: Cluster) -> Cluster:
 
 
 def _tunnels(cluster: Cluster) -> list[Tunnel]:
-    head, far = (
-        _hosts(cluster)[0],
-        {"dashboard": f"127.0.0.1:{_DASHBOARD}", "mlflow": f"{cluster.facts['head']}:{_MLFLOW}"},
-    )
+    head = _hosts(cluster)[0]
+    far = {"dashboard": f"127.0.0.1:{_DASHBOARD}", "mlflow": f"{cluster.facts['head']}:{_MLFLOW}"}
     return [Tunnel(name, port, head.tunnel(port, far[name])) for name, port in cluster.facts["tunnels"].items()]

@@ -26,6 +26,7 @@ UNITS = PROJECT / "cluster" / "onprem"
 _OF_PROJECT = ("pyproject.toml", "README.md", "LICENSE", "raymed")
 _PACKAGES = ("raymed", "ray", "flask-wtf")  # by the last one MLflow asks for passwords
 _INSTALL_SECONDS = 3600.0
+_TO_BE = "/run/raymed-environment"  # of services, while it is tried
 
 # Prints NAME=VALUE lines; <venv> is filled in.
 _SURVEY = """
@@ -46,7 +47,7 @@ for name in %s:
     except m.PackageNotFoundError: pass
 print(json.dumps(found))
 """
-# As the services see it: their user, their variables. The first host puts a mark, the others must see it.
+# As the services will see it: their user, their variables. The first host puts a mark, the others must see it.
 _STORAGE = """
 import os, sys
 from raymed.config import UserError
@@ -90,9 +91,18 @@ class Machine:
 
     def as_service(self, venv: str, code: str, *arguments: str) -> str:
         """What Python prints for the services' user, with the services' environment. Raises Failed."""
-        own = [f"User={self.user}", "EnvironmentFile=/etc/raymed/environment", "StateDirectory=raymed"]
+        return as_root(self.host, self._service("/etc/raymed/environment", venv, code, *arguments))
+
+    def as_service_to_be(self, environment: str, venv: str, code: str, *arguments: str) -> str:
+        """The same with an environment that the services do not have yet: the text of its file."""
+        run = self._service(_TO_BE, venv, code, *arguments)
+        script = f"umask 077; trap 'rm -f {_TO_BE}' EXIT; cat > {_TO_BE} && {run} < /dev/null"
+        return as_root(self.host, script, environment.encode())
+
+    def _service(self, environment: str, venv: str, code: str, *arguments: str) -> str:
+        own = [f"User={self.user}", f"EnvironmentFile={environment}", "StateDirectory=raymed"]
         words = ["systemd-run", "--quiet", "--wait", "--pipe", "--collect", *(w for p in own for w in ("-p", p))]
-        return as_root(self.host, shlex.join([*words, f"{venv}/bin/python", "-c", code, *arguments]))
+        return shlex.join([*words, f"{venv}/bin/python", "-c", code, *arguments])
 
 
 def as_root(host: Host, script: str, data: bytes = b"", **how: float) -> str:
@@ -213,18 +223,26 @@ def _environment_file(values: Mapping[str, str]) -> str:
 
 
 def write(machine: Machine, cluster: str, wanted: Contents) -> None:
-    """Put it on the host, and take away services that it is no longer to have. Nothing is done where it lies there."""
+    """Put it on the host, take away services that it is no longer to have, and start the others with it. Nothing is
+    done where it lies there."""
     mark = f"{cluster} {wanted.digest()}"
     if machine.mark == mark:
         return
+    if machine.mark:
+        told = "what its services start with has changed, so they start again, and what runs there ends"
+        print(f"{machine.host.name}: {told}", flush=True)
     gone = " ".join(f"{name}.service" for name in SERVICES if name not in wanted.services)
+    services = " ".join(wanted.services)
+    # All at once, so that a connection that is lost leaves no host between stop and start.
     script = f"""set -e; umask 022
-        systemctl disable --quiet --now {gone} 2>/dev/null || true
-        cd /etc; mkdir -p raymed; (cd systemd/system; rm -f {gone})
+        cd /etc; mkdir -p raymed
         tar -x -p -f -
+        systemctl disable --quiet --now {gone} 2>/dev/null || true
+        (cd systemd/system; rm -f {gone})
         systemctl daemon-reload
-        systemctl enable --quiet {" ".join(wanted.services)}
-        systemctl stop {" ".join(wanted.services)}
+        systemctl enable --quiet {services}
+        systemctl stop {services} || true
+        systemctl start {services}
     """
     owner = f"{getpass.getuser()} at {platform.node()}"
     last = {"raymed/cluster": (f"{mark}\n{owner}\n", 0o644)}  # says that all the rest is there
@@ -243,10 +261,11 @@ def _archive(files: Mapping[str, tuple[str, int]], machine: Machine) -> bytes:
     return buffer.getvalue()
 
 
-def check_storage(machine: Machine, venv: str, cluster: str, *, is_first: bool) -> None:
-    """Raises UserError where the services cannot write the storage, or do not share it with the first host, which must
-    have been asked before."""
-    machine.as_service(venv, _STORAGE, "first" if is_first else "other", cluster)
+def check_storage(machine: Machine, venv: str, cluster: str, wanted: Contents, *, is_first: bool) -> None:
+    """Raises UserError where the services, with what they are to have, could not write the storage, or do not share it
+    with the first host, which must have been asked before. Services that run are left alone."""
+    environment, _ = wanted.files["raymed/environment"]
+    machine.as_service_to_be(environment, venv, _STORAGE, "first" if is_first else "other", cluster)
 
 
 def check_reaches(machine: Machine, venv: str, head: str, *ports: int) -> None:

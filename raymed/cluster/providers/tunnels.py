@@ -5,10 +5,13 @@ import os
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
+import psutil
+
 from raymed.cluster import ports, processes, state
-from raymed.cluster.state import Cluster
+from raymed.cluster.state import Cluster, Process
 from raymed.config import UserError
 
 _READY_S = 90.0
@@ -48,9 +51,17 @@ def close(cluster: Cluster) -> None:
     processes.end(cluster.processes, "")
 
 
+def _runs(process: Process, command: Sequence[str]) -> bool:
+    """Whether a process runs with these words; a script's program stands behind its interpreter."""
+    with suppress(psutil.Error):
+        found = processes.running(process)
+        return found is not None and found.cmdline()[-len(command) :][1:] == list(command[1:])
+    return False
+
+
 def _opened(cluster: Cluster, tunnel: Tunnel) -> Cluster:
     old = [process for process in cluster.processes if process.name == tunnel.name]
-    if old and processes.running(old[0]) and is_open(tunnel.port):
+    if old and _runs(old[0], tunnel.command) and is_open(tunnel.port):
         return cluster
     processes.end(old, "")
     if is_open(tunnel.port):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from raymed.serve.dicom.multipart import DICOM, read_related, write_related
+from raymed.serve.dicom.multipart import DICOM, read_related, related_of_files
 
 if TYPE_CHECKING:
     import httpx
@@ -50,12 +50,10 @@ class Endpoint:
         A study that cannot be used gets a report that says so: in an archive, silence looks like a model that has not
         seen the study yet, and a reader would wait, or take it for a negative. Raises NotNow.
         """
-        body, kind = write_related(file.read_bytes() for file in files)
+        body, headers = related_of_files(files)
         query: dict[str, Any] = {"results": list(self.results)} | ({"before": before} if before else {})
         accept = f'multipart/related; type="{DICOM}"'
-        found = self._send(
-            "POST", "/studies", content=body, params=query, headers={"Content-Type": kind, "Accept": accept}
-        )
+        found = self._send("POST", "/studies", content=body, params=query, headers=headers | {"Accept": accept})
         if found.status_code in _STUDY:
             return [self._refusal(files, _detail(found), before)]
         return read_related(found.content, found.headers["content-type"])

@@ -41,7 +41,7 @@ class Patience:
 
     def is_due(self, what: str) -> bool:
         """Whether it may be tried now."""
-        return time.monotonic() >= self._waits.get(what, (0.0, 0.0))[0]
+        return time.monotonic() >= self.until(what)
 
     def failed(self, what: str, after: float | None = None) -> float:
         """Note a failure; returns the seconds until the next try. after: as the other side asks for."""
@@ -52,6 +52,10 @@ class Patience:
     def worked(self, what: str) -> None:
         """Note that it is well again."""
         self._waits.pop(what, None)
+
+    def until(self, what: str) -> float:
+        """When it may be tried again, by the monotonic clock; 0 for what has not failed."""
+        return self._waits.get(what, (0.0, 0.0))[0]
 
 
 class Node:
@@ -94,6 +98,7 @@ class Node:
         logging.getLogger("pynetdicom").setLevel(logging.CRITICAL + 1)
         quiet()
         self.queue.tidy()
+        self._tell_of_strangers()
         entity = AE(self.title)
         # Who has not said who he is counts among the associations: not for long.
         entity.acse_timeout, entity.maximum_associations = 3, 100
@@ -144,6 +149,13 @@ class Node:
         log.info("study %s: an image from %s", key[:12], sender)
         return STORED
 
+    def _tell_of_strangers(self) -> None:
+        """Results are kept until they have arrived, however long nobody says where that is."""
+        known = {receiver.title for receiver in self.receivers.values()}
+        for title, num in self.queue.receivers().items():
+            if title not in known:
+                log.warning("results of %d studies wait for %s, whose address is not in --reply-to", num, title)
+
     def _rejected(self, event: "Event") -> None:
         log.warning("an association was refused: unknown title, calling or called, or too many at once")
 
@@ -156,8 +168,8 @@ class Node:
                 self._stopping.wait(1)
 
     def _ask(self) -> None:
-        """Ask about every study that is whole."""
-        for study in self.queue.due(self.quiet):
+        """Ask about every study that is whole, about those that have failed after the others."""
+        for study in sorted(self.queue.due(self.quiet), key=lambda study: self._patience.until(study.key)):
             if self._stopping.is_set() or not self._patience.is_due("endpoint"):
                 return
             if self._patience.is_due(study.key):
@@ -168,8 +180,10 @@ class Node:
             files = self.endpoint.ask(list(study.images.values()), study.before)
             self.queue.answer(study, files, identity_of_report(files[0]))
         except NotNow as why:
-            what = "endpoint" if why.everybody else study.key
-            self._later(what, study.key, str(why), why.after)
+            wait = self._patience.failed(study.key, None if why.everybody else why.after)
+            if why.everybody:  # unless it is this study alone that it cannot answer: the next try is another's
+                wait = max(wait, self._patience.failed("endpoint", why.after))
+            self._tell_of_wait(study.key, str(why), wait)
         except Exception as error:  # this study must not hold up others; what it says might name somebody
             self._later(study.key, study.key, type(error).__name__)
         else:
@@ -177,14 +191,16 @@ class Node:
             self._patience.worked(study.key)
             log.info("study %s: %d images answered, %d results", study.key[:12], len(study.images), len(files))
 
-    def _later(self, what: str, study: str, why: str, after: float | None = None) -> None:
-        wait = self._patience.failed(what, after)
+    def _later(self, what: str, study: str, why: str) -> None:
+        self._tell_of_wait(study, why, self._patience.failed(what))
+
+    def _tell_of_wait(self, study: str, why: str, wait: float) -> None:
         log.warning("study %s: %s; again in %g s", study[:12], why, wait)
 
     def _send(self) -> None:
         """Send every result that is ready, and clean up."""
         addresses = {receiver.title: receiver for receiver in self.receivers.values()}
-        for result in self.queue.ready():
+        for result in sorted(self.queue.ready(), key=lambda result: self._patience.until(f"result {result.id}")):
             receiver = addresses.get(result.receiver)
             if self._stopping.is_set() or receiver is None:
                 continue
@@ -200,11 +216,13 @@ class Node:
                 if not why:
                     self.queue.confirm(file)
         except ConnectionError as error:
+            self._patience.failed(name)  # as in `_ask_about`
             return self._later(receiver.title, result.study, f"{receiver.title}: {error}")
         except Exception as error:  # this result must not hold up others
             return self._later(name, result.study, type(error).__name__)
         self._patience.worked(receiver.title)
         if refused:
             return self._later(name, result.study, f"{receiver.title}: {refused}")
+        self._patience.worked(name)
         self.queue.sent(result)
         log.info("study %s: %d results delivered to %s", result.study[:12], len(result.files), receiver.title)

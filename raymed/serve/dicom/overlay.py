@@ -52,8 +52,18 @@ def overlay(case: Case, place: int, values: np.ndarray, method: str) -> "SCImage
     return made
 
 
+def overlay_size(height: int, width: int) -> int:
+    """Bytes of the overlay of an image, but for its footer and header."""
+    return 3 * height * width * _times(width) ** 2
+
+
+def _times(width: int) -> int:
+    """How much larger an image is drawn."""
+    return -(-_SMALLEST // width)
+
+
 def _enlarged(picture: np.ndarray) -> np.ndarray:
-    times = -(-_SMALLEST // picture.shape[1])
+    times = _times(picture.shape[1])
     return picture.repeat(times, axis=0).repeat(times, axis=1)
 
 

@@ -148,6 +148,15 @@ class Queue:
             for id, study, receiver in rows
         ]
 
+    def receivers(self) -> dict[str, int]:
+        """AE titles that something is on its way to -> number of studies."""
+        with self._open() as db:
+            rows = db.execute(
+                "SELECT receiver, COUNT(*) FROM studies WHERE study IN (SELECT study FROM images WHERE answered = 0 "
+                "UNION SELECT study FROM answers WHERE sent IS NULL) GROUP BY receiver ORDER BY receiver"
+            ).fetchall()
+        return dict(rows)
+
     def confirm(self, file: Path) -> None:
         """Note that a file of a result has arrived."""
         file.rename(file.with_suffix(".sent"))

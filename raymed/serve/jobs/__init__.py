@@ -3,7 +3,8 @@
     POST -> a row of jobs.sqlite -> the thread of jobs, one at a time -> files of the job -> GET .../result
 
 Everything that is known of a job stands in the storage: a server that ends in the middle goes on with it when it starts
-again. Of the servers that share a storage one works jobs off, and all of them tell of them.
+again. Servers may share a storage: each works off the jobs of the models that it serves itself, one server at a time
+those of a model, so that replicas take over from each other; and all of them tell of all jobs.
 
     store    the rows
     runner   the thread that works them off

@@ -36,15 +36,22 @@ def allowed(source: str, roots: Sequence[str]) -> Path:
     Raises:
         Problem: 403 for what lies in none of the roots, wherever links lead; 422 for what is not there.
     """
+    path = inside(source, roots)
+    if path is None:
+        raise Problem(403, "source: it does not lie in a folder that this server takes jobs from", field="source")
+    if not os.path.exists(path):  # False also for a name that is too long
+        raise Problem(422, "source: there is no such folder or manifest", field="source")
+    return path
+
+
+def inside(source: str, roots: Sequence[str]) -> Path | None:
+    """Where a source lies in one of the roots, whether it is there or not; None for what lies in none of them."""
     for root in roots:
         folder = Path(root).expanduser().resolve()
         path = _resolved(folder, source)
-        if path is None or not path.is_relative_to(folder):
-            continue
-        if not os.path.exists(path):  # False also for a name that is too long
-            raise Problem(422, "source: there is no such folder or manifest", field="source")
-        return path
-    raise Problem(403, "source: it does not lie in a folder that this server takes jobs from", field="source")
+        if path is not None and path.is_relative_to(folder):
+            return path
+    return None
 
 
 def _resolved(folder: Path, source: str) -> Path | None:

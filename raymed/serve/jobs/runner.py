@@ -2,9 +2,14 @@
 
 A job is gone on with by the version of the model that it began with. Where that is neither loaded nor to be had from
 the registry any more it fails: a table holds the answers of one model.
+
+Whoever works on a job of a model holds the lock of that model: a job that runs while the lock is free was left by a
+server that has ended.
 """
 
 import asyncio
+import hashlib
+import json
 import os
 import shutil
 import sqlite3
@@ -24,9 +29,9 @@ from raymed.serve.engine import Engine
 from raymed.serve.jobs import predict
 from raymed.serve.jobs.store import Job, Row, State, Store
 from raymed.serve.live import Live, load_live
-from raymed.serve.models import CHAMPION, Models
+from raymed.serve.models import CHAMPION, Models, Served
 from raymed.serve.problems import Problem
-from raymed.storage import lock, storage_folder
+from raymed.storage import is_remote, lock, storage_folder
 
 KINDS = ("predict",)
 _LOOK_S = 2.0
@@ -37,6 +42,10 @@ _TRIES = 3
 """Of a job at which the server dies before it gets any further."""
 _PATIENCE_S = 1.0
 """An image of a job waits so long at most while others are asked for."""
+_REFUSED_S = 600.0
+"""A job fails when its next image has been refused for so long, by a device without memory or a queue that is full."""
+_GONE_S = 86400.0
+"""A job fails when no server was there that could do it for so long, all of which this server was."""
 
 
 class _Left(Exception):
@@ -49,11 +58,13 @@ class Jobs:
     def __init__(self, config: ServeConfig, models: Models, engine: Engine):
         self.config, self.models, self.engine = config, models, engine
         self.folder = storage_folder(config.storage) / "serve" / "jobs"
+        self.served = {name: _what(served, config) for name, served in models.served.items()}
         self.store: Store | None = None
         self._ending = threading.Event()
         self._wake = threading.Event()
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._since = 0.0
         for root in config.batch_roots:
             if not Path(root).expanduser().is_dir():
                 raise UserError(f"batch_roots: a folder of this machine is expected, got {root}")
@@ -63,10 +74,10 @@ class Jobs:
         if not self.config.batch_roots:
             return
         try:
-            self.store = Store(self.folder / "jobs.sqlite")
+            self.store = Store(self.folder / "jobs.sqlite", self.served)
         except (OSError, sqlite3.Error) as error:
             raise UserError(f"{self.folder}, where jobs are kept, cannot be written: {error}") from None
-        self._loop = loop
+        self._loop, self._since = loop, time.monotonic()
         self._thread = threading.Thread(target=self._run, name="jobs", daemon=True)
         self._thread.start()
 
@@ -125,22 +136,35 @@ class Jobs:
             os.setpriority(os.PRIO_PROCESS, 0, 10)
         while not self._ending.is_set():
             try:
-                with lock(self.folder / ".working.lock"):
-                    self._work_off()
-            except UserError:  # another process has it
-                self._wait(_LOOK_S)
+                self._sweep()
+                worked = any(self._work_off(job) for job in self._next())
             except Exception as error:  # a full disk, a locked file: later perhaps
                 log.failed(error)
+                worked = False
+            if not worked:
                 self._wait(_LOOK_S)
 
-    def _work_off(self) -> None:
-        while not self._ending.is_set():
-            self._sweep()
-            row = self.rows.claim([name for name, state in self.models.state().items() if state["ready"]])
-            if row is None:
-                self._wait(_LOOK_S)
-                continue
-            self._work(row)
+    def _mine(self) -> list[Job]:
+        """What is to be done of models and sources that are this server's, the next first."""
+        return [row.job for row in self.rows.unfinished() if predict.inside(row.job.source, self.config.batch_roots)]
+
+    def _next(self) -> list[Job]:
+        """The first of each model that is loaded."""
+        first: dict[str, Job] = {}
+        for job in self._mine():
+            if self.models.state()[job.model]["ready"]:
+                first.setdefault(job.model, job)
+        return list(first.values())
+
+    def _work_off(self, job: Job) -> bool:
+        """Returns whether it was this server's turn."""
+        try:
+            with lock(self.folder / f".{self.served[job.model]}.lock"):
+                if row := self.rows.claim(job.id):
+                    self._work(row)
+        except UserError:  # another process has it
+            return False
+        return True
 
     def _wait(self, seconds: float) -> None:
         self._wake.wait(seconds)
@@ -149,13 +173,19 @@ class Jobs:
 
     def _sweep(self) -> None:
         """End what nobody can do, forget what is old, and remove files that nobody asks for."""
-        for row in self.rows.without(self.models.names):
-            self._finish(row.job, "failed", f"this server no longer has {row.job.model}")
+        self._see()
+        if time.monotonic() > self._since + _GONE_S:
+            for row in self.rows.unseen(_GONE_S):
+                self._finish(row.job, "failed", f"for a day no server has had {row.job.model} and the source for it")
         self.rows.forget_older(86400 * self.config.batch_days)
-        kept = self.rows.with_files()
-        for folder in self.folder.iterdir():
-            if folder.is_dir() and folder.name not in kept:
+        folders = [path for path in self.folder.iterdir() if path.is_dir()]  # before it is asked which are of a job:
+        kept = self.rows.with_files()  # another server may make one at any time
+        for folder in folders:
+            if folder.name not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _see(self) -> None:
+        self.rows.see([job.id for job in self._mine()])
 
     def _work(self, row: Row) -> None:
         job = row.job
@@ -187,13 +217,14 @@ class Jobs:
         folder = self.folder / job.id
         folder.mkdir(exist_ok=True, mode=0o700)
         told, done = 0.0, 0
-        for done in predict.answers(live, asked, folder, lambda item: self._ask(live, item)):
+        for done in predict.answers(live, asked, folder, lambda item: self._ask(live, item, row)):
             if time.monotonic() >= told + _TOLD_S:
                 told = time.monotonic()
                 self._go_on(job, done)
         self._go_on(job, done)
 
     def _go_on(self, job: Job, done: int) -> None:
+        self._see()
         if not self.rows.progress(job.id, done) or self._ending.is_set():
             raise _Left
 
@@ -214,22 +245,38 @@ class Jobs:
         except UserError as error:
             raise UserError(f"{gone}: {error}") from None
 
-    def _ask(self, live: Live, item: Tensor) -> Any:
-        """The network's answer for an image, when nobody else waits, or after a moment."""
+    def _ask(self, live: Live, item: Tensor, row: Row) -> Any:
+        """The network's answer for an image, when nobody else waits, or after a moment. Raises Problem (503) where it
+        is refused for long. Then the job fails: an image left out would change what is decided about its case."""
         if _until(lambda: not any(self.engine.waiting.values()), _PATIENCE_S, self._ending):
             raise _Left
+        end = time.monotonic() + _REFUSED_S
         while True:
             try:
                 return self._in_loop(live("image", item))
             except Problem as problem:
-                if problem.status != 503:
+                if problem.status != 503 or time.monotonic() >= end:
                     raise
-            if self._ending.wait(_PATIENCE_S):
+            if self._ending.wait(_PATIENCE_S) or not self._is_wanted(row):
                 raise _Left
+
+    def _is_wanted(self, row: Row) -> bool:
+        job = self.rows.get(row.job.id, row.owner)
+        return job is not None and job.state == "running"
 
     def _in_loop(self, work: Any) -> Any:
         assert self._loop is not None
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+def _what(served: Served, config: ServeConfig) -> str:
+    """Sixteen hexadecimal digits of a model's name and where it comes from, equal for servers that serve the same."""
+    where, of = served.wanted.where, ""
+    if served.source.name:
+        of = config.tracking or os.environ.get("MLFLOW_TRACKING_URI", "")
+    elif not is_remote(where):
+        where = os.path.abspath(where)
+    return hashlib.sha256(json.dumps([served.wanted.name, where, of]).encode()).hexdigest()[:16]
 
 
 def _until(holds: Callable[[], bool], seconds: float, ending: threading.Event) -> bool:

@@ -1,13 +1,16 @@
 """Jobs as rows of an sqlite file, which several processes of one machine may share.
 
 queued -> running -> succeeded | failed;  queued, running -> cancelled
+
+A row holds what its model is, since two servers may use one name for different ones, and when a server that can do it
+was last there: what nobody can do any more is told from what waits for another server.
 """
 
 import json
 import secrets
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -23,10 +26,15 @@ _TABLE = """
 CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
     state TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, done INTEGER NOT NULL DEFAULT 0,
-    total INTEGER, problem TEXT, origin TEXT, starts INTEGER NOT NULL DEFAULT 0
+    total INTEGER, problem TEXT, origin TEXT, starts INTEGER NOT NULL DEFAULT 0,
+    served TEXT NOT NULL DEFAULT '', seen REAL NOT NULL DEFAULT 0
 )"""
+_LATER = ("served TEXT NOT NULL DEFAULT ''", "seen REAL NOT NULL DEFAULT 0")
+"""Columns that a file of before does not have."""
 _WAIT_S = 10.0
 """For another process that writes."""
+_SEEN_S = 60.0
+"""Between two notes that a server is there which can do a job."""
 
 
 class Job(Described):
@@ -65,23 +73,36 @@ class Row:
 
 class Store:
     """The file, made where there is none, for its owner's eyes. Every call is one transaction, and blocks. Raises
-    sqlite3.Error where the disk does not do."""
+    sqlite3.Error where the disk does not do.
 
-    def __init__(self, path: Path):
-        self.path = path
+    served: of each model of the server, by name, what it is; the same text in all servers that serve the same.
+    """
+
+    def __init__(self, path: Path, served: Mapping[str, str]):
+        self.path, self.served = path, dict(served)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._open() as rows:
             rows.execute("PRAGMA journal_mode=WAL")
+            rows.execute("BEGIN IMMEDIATE")  # two servers may start at once
             rows.execute(_TABLE)
+            there = {column["name"] for column in rows.execute("PRAGMA table_info(jobs)")}
+            for column in _LATER:
+                if column.partition(" ")[0] not in there:
+                    rows.execute(f"ALTER TABLE jobs ADD COLUMN {column}")
+            rows.execute("UPDATE jobs SET seen = ? WHERE seen = 0", (time.time(),))
+            for name, what in self.served.items():  # jobs of before, which had the name alone
+                rows.execute("UPDATE jobs SET served = ? WHERE served = '' AND model = ?", (what, name))
+            rows.execute("COMMIT")
         path.chmod(0o600)
 
     def add(self, owner: str, kind: str, model: str, source: str, most: int) -> Job | None:
-        """A new job that waits; None where so many wait already."""
-        number = secrets.token_hex(16)
+        """A new job of one of the server's models that waits; None where so many of them wait already."""
+        number, now, mine = secrets.token_hex(16), time.time(), tuple(self.served.values())
         added = self._change(
-            "INSERT INTO jobs (id, owner, kind, model, source, state, created) SELECT ?, ?, ?, ?, ?, 'queued', ? "
-            "WHERE (SELECT count(*) FROM jobs WHERE state = 'queued') < ?",
-            (number, owner, kind, model, source, time.time(), most),
+            "INSERT INTO jobs (id, owner, kind, model, served, source, state, created, seen) "
+            "SELECT ?, ?, ?, ?, ?, ?, 'queued', ?, ? "
+            f"WHERE (SELECT count(*) FROM jobs WHERE state = 'queued' AND served IN ({_marks(mine)})) < ?",
+            (number, owner, kind, model, self.served[model], source, now, now, *mine, most),
         )
         return self.get(number, owner) if added else None
 
@@ -95,22 +116,35 @@ class Store:
         rows = self._rows("SELECT * FROM jobs WHERE owner = ? ORDER BY created DESC, rowid DESC", (owner,))
         return [row.job for row in rows]
 
-    def claim(self, models: Sequence[str]) -> Row | None:
-        """The next to be worked on, of those models: what somebody had begun, before what waits longest."""
+    def unfinished(self) -> list[Row]:
+        """Those of the server's models, the next to be worked on first: what somebody had begun, before what waits
+        longest."""
+        mine = tuple(self.served.values())
+        return self._rows(
+            f"SELECT * FROM jobs WHERE state IN {UNFINISHED} AND served IN ({_marks(mine)}) "
+            "ORDER BY state = 'running' DESC, created, rowid",
+            mine,
+        )
+
+    def claim(self, number: str) -> Row | None:
+        """Begin an unfinished one, or go on with it; None where it has ended."""
         found = self._rows(
-            "UPDATE jobs SET state = 'running', starts = starts + 1, started = coalesce(started, ?) WHERE id = ("
-            f"SELECT id FROM jobs WHERE state IN ('running', 'queued') AND model IN ({_marks(models)}) "
-            "ORDER BY state = 'running' DESC, created, rowid LIMIT 1) RETURNING *",
-            (time.time(), *models),
+            "UPDATE jobs SET state = 'running', starts = starts + 1, started = coalesce(started, ?) "
+            f"WHERE id = ? AND state IN {UNFINISHED} RETURNING *",
+            (time.time(), number),
         )
         return found[0] if found else None
 
-    def without(self, models: Sequence[str]) -> list[Row]:
-        """Unfinished ones of other models."""
-        return self._rows(
-            f"SELECT * FROM jobs WHERE state IN ('running', 'queued') AND model NOT IN ({_marks(models)})",
-            tuple(models),
+    def see(self, numbers: Sequence[str]) -> None:
+        """Note that a server is there which can do these."""
+        now = time.time()
+        self._change(
+            f"UPDATE jobs SET seen = ? WHERE seen < ? AND id IN ({_marks(numbers)})", (now, now - _SEEN_S, *numbers)
         )
+
+    def unseen(self, seconds: float) -> list[Row]:
+        """Unfinished ones that no server could do for so long."""
+        return self._rows(f"SELECT * FROM jobs WHERE state IN {UNFINISHED} AND seen < ?", (time.time() - seconds,))
 
     def begin(self, number: str, origin: Origin, total: int) -> None:
         """Note what it is done with, and how much there is to do."""
@@ -168,6 +202,7 @@ class Store:
 
 def _row(found: dict[str, Any]) -> Row:
     owner, origin, starts = found.pop("owner"), found.pop("origin"), found.pop("starts")
+    del found["served"], found["seen"]
     used = Origin(**json.loads(origin)) if origin else None
     times = {name: _time(found.pop(name)) for name in ("created", "started", "finished")}
     identity = {"version": used and used.version, "bundle": used and used.digest}

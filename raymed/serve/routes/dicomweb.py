@@ -13,11 +13,13 @@ names:
 ?results=report&results=overlay&results=segmentation chooses objects (report and overlay unless told otherwise),
 ?before=SERIES/INSTANCE names an earlier report that the new one takes the place of; what else stands in the query are
 fields of the model. Instances that are no images, that this server made itself, or that the model was not made for,
-where there are others, are left out: a study holds more than a model is asked about.
+where there are others, are left out: a study holds more than a model is asked about. For one that cannot be read, or an
+image without its UIDs, the study is refused, since nobody would know that the answer is about the others alone; only
+application/dicom+json, which names it as not accepted, answers all the same.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +31,7 @@ from raymed.data.preprocess import Preprocess
 from raymed.serve.contract import check_contract
 from raymed.serve.dicom.classes import image_classes
 from raymed.serve.dicom.multipart import DICOM, read_related, write_related
-from raymed.serve.dicom.objects import KINDS, Kind, objects, predecessor, to_bytes
+from raymed.serve.dicom.objects import KINDS, Kind, objects, pictures_size, predecessor, to_bytes
 from raymed.serve.dicom.provenance import Case, damaged, is_own, sound
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.problems import Problem, documented
@@ -37,6 +39,7 @@ from raymed.serve.routes.predict import plain_fields
 from raymed.serve.service import Answer, Answered, Service
 from raymed.serve.uploads import File
 from raymed.serve.uploads.dicom import Counted, check_transfer_syntax
+from raymed.serve.uploads.room import Room
 
 if TYPE_CHECKING:
     from pydicom import Dataset
@@ -86,12 +89,13 @@ def router(service: Service) -> APIRouter:
 @dataclass(frozen=True)
 class _Instance:
     """What came. header: empty where it cannot be read. failure: reason why it is left out, or 0. lacks: the UID that
-    an image is not named by."""
+    an image is not named by. problem: why it cannot be read."""
 
     content: bytes
     header: "Dataset"
     failure: int
     lacks: str = ""
+    problem: Problem | None = None
 
 
 async def _answer(service: Service, name: str, request: Request, study: str = "") -> Response:
@@ -99,14 +103,16 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     fields = plain_fields(request.query_params.multi_items())
     kinds = _kinds(fields.pop("results", list(KINDS[:2])))
     before = str(fields.pop("before", ""))
-    parts = read_related(await request.body(), request.headers.get("content-type", ""))
+    parts = await asyncio.to_thread(read_related, await request.body(), request.headers.get("content-type", ""))
     handler = service.models.get(name).handler
     instances = await asyncio.to_thread(_instances, parts, handler)
     if study and any(each.header.get("StudyInstanceUID", study) != study for each in instances):
         raise Problem(409, "the instances are of another study than the address says", field="study")
     used = [each for each in instances if not each.failure]
     if not used:
-        raise _nothing(instances)
+        raise _nameless(instances) or Problem(422, "DICOM images are expected: no instance is one", field="body")
+    if accept != _DICOM_JSON and (problem := _unreadable(instances) or _nameless(instances)):
+        raise problem
     if len({each.header.StudyInstanceUID for each in used}) > 1:
         raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
     if accept == DICOM and set(kinds) != {"report"}:
@@ -121,23 +127,30 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     if answered.answer.decision is None:
         raise Problem(422, f"{name} decides nothing that a report could say: ask for application/json", field="Accept")
     try:
-        made = await asyncio.to_thread(_results, answered, kinds, before)
+        return await asyncio.to_thread(_results, service.room, answered, kinds, before)
     except UserError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # whose text may hold what a header says
         detail = "no DICOM can be written: a header lacks, or damages, what a result takes over"
         raise Problem(422, detail, field="body") from None
-    body, kind = write_related(made)
-    return Response(body, headers={"Content-Type": kind})
 
 
-def _nothing(instances: Sequence[_Instance]) -> Problem:
-    """There is no instance to ask about."""
+def _unreadable(instances: Sequence[_Instance]) -> Problem | None:
+    """Why the first instance that cannot be read is not, which may be an image of the case."""
+    for place, each in enumerate(instances):
+        if each.problem is not None:
+            field = f"files[{place}]"
+            return Problem(each.problem.status, f"{field}: {each.problem.detail}", field=field)
+    return None
+
+
+def _nameless(instances: Sequence[_Instance]) -> Problem | None:
+    """What the first image that lacks a UID lacks."""
     for place, each in enumerate(instances):
         if each.lacks:
             field = f"files[{place}].{each.lacks}"
             return Problem(422, f"{field}: a UID is expected, since results name their images", field=field)
-    return Problem(422, "DICOM images are expected: no instance is one", field="body")
+    return None
 
 
 async def _asked(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
@@ -148,19 +161,30 @@ async def _asked(service: Service, name: str, used: Sequence[_Instance], fields:
 
 async def _explained(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
     """With heat maps by the first method that the model knows, unless the request names one. A case that is too large
-    to be explained is answered without."""
+    to be explained, in the time or memory that there is, is asked about once more, without."""
     methods = service.models.get(name).handler.about().get("explain") or []
     if "explain" in fields or not methods:
         return await _asked(service, name, used, fields | ({"explain_as": "array"} if "explain" in fields else {}))
     try:
         return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"})
     except Problem as problem:
-        if problem.field != "explain":
+        if problem.field != "explain" and problem.status != 503:
             raise
     return await _asked(service, name, used, fields)
 
 
-def _results(answered: Answered, kinds: Sequence[Kind], before: str) -> list[bytes]:
+class _Results(Response):
+    """DICOM files. taken: the room for them, which is given back with the response, once it is sent."""
+
+    def __init__(self, files: Iterable[bytes], taken: np.ndarray):
+        body, kind = write_related(files)
+        super().__init__(body, headers={"Content-Type": kind})
+        self.taken = taken
+
+
+def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str) -> Response:
+    """Its pictures get half the room for pixels, or what the images leave of it, so that what fits by itself does not
+    wait for ever."""
     for image in answered.images:
         for keyword in damaged(image.header):
             field = f"files[{image.file}].{keyword}"
@@ -168,7 +192,13 @@ def _results(answered: Answered, kinds: Sequence[Kind], before: str) -> list[byt
     handler = answered.handler
     case = Case(answered.answer, sound(answered.images), handler.about().get("positive"))
     preprocess = from_dict(Preprocess, handler.bundle.preprocess)
-    return [to_bytes(made) for made in objects(case, kinds, preprocess, predecessor(case.first, before))]
+    images = sum(image.pixels.shape[0] * image.pixels.shape[1] for image in case.images)
+    most = min(room.pixels // 2, room.pixels - images)
+    with room.taken(min(most, pictures_size(case, kinds))) as hold:
+        made = objects(case, kinds, preprocess, predecessor(case.first, before), most)
+        made.reverse()
+        files = (to_bytes(made.pop()) for _ in range(len(made)))  # none stays in memory beside its file
+        return _Results(files, hold(np.empty(0)))
 
 
 def _instances(parts: Sequence[bytes], handler: Handler) -> list[_Instance]:
@@ -185,14 +215,31 @@ def _instances(parts: Sequence[bytes], handler: Handler) -> list[_Instance]:
 def _instance(content: bytes) -> _Instance:
     from pydicom import Dataset, dcmread
 
+    problem = Problem(422, "damaged or cut short, its header cannot be read")
     try:
         check_transfer_syntax(content)
         header = dcmread(Counted(content), stop_before_pixels=True, specific_tags=list(_TAGS))
         is_image = header.SOPClassUID in image_classes() and not is_own(header)
         lacks = next((name for name in _UIDS if not (header.get(name) and isinstance(header.get(name), str))), "")
-    except Exception:  # a parser raises anything at all on damaged data
-        return _Instance(content, Dataset(), _NOT_UNDERSTOOD)
+    except Exception as error:  # a parser raises anything at all on damaged data
+        if _states_no_image(content):
+            return _Instance(content, Dataset(), _REFUSED)
+        return _Instance(content, Dataset(), _NOT_UNDERSTOOD, problem=error if isinstance(error, Problem) else problem)
     return _Instance(content, header, 0 if is_image and not lacks else _REFUSED, lacks if is_image else "")
+
+
+def _states_no_image(content: bytes) -> bool:
+    """Whether a file whose data set cannot be read says before it that it holds something else, such as a report."""
+    from pydicom.filereader import read_dataset
+
+    file = Counted(content)
+    file.seek(132)
+    try:
+        meta = read_dataset(file, False, True, stop_when=lambda tag, vr, length: tag >> 16 != 2)
+        kind = meta.get("MediaStorageSOPClassUID")
+    except Exception:  # as above
+        return False
+    return isinstance(kind, str) and bool(kind) and kind not in image_classes()
 
 
 def _fits(header: "Dataset", handler: Handler) -> bool:

@@ -18,18 +18,16 @@ def router(service: Service) -> APIRouter:
         """The process answers."""
         return {"status": "alive"}
 
-    @routes.get("/readyz", responses={503: {"description": "a model is not loaded, or the server is ending"}})
+    @routes.get("/readyz", responses={503: {"description": "a model cannot answer, or the server is ending"}})
     async def ready(response: Response) -> dict[str, Any]:
-        """Every model is loaded; which versions, and by which alias one was refused."""
-        state = service.models.state()
-        are_ready = all(model["ready"] for model in state.values()) and not service.draining
-        response.status_code = 200 if are_ready else 503
-        return {name: _without_places(model) for name, model in state.items()}
+        """Every model is loaded, and the device computes; which versions, and by which alias one was refused."""
+        response.status_code = 200 if service.is_ready else 503
+        return {name: _without_places(model) for name, model in service.state().items()}
 
     @routes.get("/statusz")
     async def status() -> dict[str, Any]:
         """The same of every model, with where it comes from, and why a version was refused."""
-        return service.models.state()
+        return service.state()
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:

@@ -14,6 +14,7 @@ that is added needs nothing here. A request that names no outputs gets those tha
 """
 
 import json
+import math
 from collections.abc import Sequence
 from importlib.metadata import version as installed
 from typing import Any
@@ -26,7 +27,7 @@ from starlette.concurrency import run_in_threadpool
 from raymed.serve.described import Described
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.live import Live
-from raymed.serve.problems import OIP, OipError, Problem, of_validation
+from raymed.serve.problems import OIP, OipError, Problem, busy, of_validation
 from raymed.serve.routes.predict import PATIENT, plain_fields
 from raymed.serve.service import Answer, Service
 from raymed.serve.tensor_forms import Form, input_forms, output_forms
@@ -100,8 +101,8 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/health/ready", responses={503: {"description": "not ready"}})
     async def ready(response: Response) -> dict[str, bool]:
-        """Every model is loaded."""
-        is_ready = all(state["ready"] for state in service.models.state().values()) and not service.draining
+        """Every model is loaded, and the device computes."""
+        is_ready = service.is_ready
         response.status_code = 200 if is_ready else 503
         return {"ready": is_ready}
 
@@ -114,8 +115,11 @@ def router(service: Service) -> APIRouter:
     @routes.get("/models/{name}/ready", responses=errors)
     @routes.get("/models/{name}/versions/{version}/ready", responses=errors)
     async def model_ready(name: str, version: str = "") -> dict[str, Any]:
-        """The model is loaded."""
-        return {"name": _live(service, name, version).name, "ready": True}
+        """The model is loaded, and the device computes."""
+        live = _live(service, name, version)
+        if not service.engine.computes:
+            raise busy("the device does not compute", retry_after=10)
+        return {"name": live.name, "ready": True}
 
     @routes.post("/models/{name}/infer", response_model=InferResponse, responses=refusals)
     @routes.post("/models/{name}/versions/{version}/infer", response_model=InferResponse, responses=refusals)
@@ -236,6 +240,7 @@ def _images(tensor: np.ndarray, datatype: str, service: Service) -> list[File | 
         raise Problem(413, f"{IMAGE}: at most {limits.pixels} pixels (height x width) are expected", field=IMAGE)
     if tensor.ndim == 4 and tensor.shape[3] == 1:
         tensor = tensor[..., 0]
+    service.room.case().count(math.prod(tensor.shape[:3]))
     return [_held(pixels, place, service) for place, pixels in enumerate(tensor)]
 
 

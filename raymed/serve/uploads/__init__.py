@@ -21,7 +21,7 @@ from raymed.serve.config import Limits
 from raymed.serve.handlers import Upload
 from raymed.serve.problems import Problem, busy
 from raymed.serve.uploads import dicom, nifti, pictures
-from raymed.serve.uploads.room import Room
+from raymed.serve.uploads.room import Case
 
 _BEFORE: dict[str, Callable[[bytes], None]] = {
     "PNG": pictures.check_png,
@@ -46,7 +46,7 @@ def decode(
     limits: Limits,
     window: Window | None,
     frames: Sequence[int] | None,
-    room: Room | None = None,
+    case: Case | None = None,
 ) -> list[Upload]:
     """The images of a file, in their order.
 
@@ -54,7 +54,7 @@ def decode(
         place: of the file in the request, from 0.
         window: (center, width) for DICOM and NIfTI.
         frames: numbers, from 1, of those that count in a file that holds several; None = all.
-        room: where pixels are counted until nobody has them any more; None = not.
+        case: what the request's pixels are counted in, and its room, which has them until nobody does; None = not.
 
     Raises:
         Problem: 415 for anything but PNG, JPEG, TIFF, DICOM and NIfTI, 413 beyond a limit, 422 for what cannot be used,
@@ -62,7 +62,7 @@ def decode(
     """
     where = f"files[{place}]"
     try:
-        return _decode(file.content, place, limits, window, frames, room)
+        return _decode(file.content, place, limits, window, frames, case)
     except Problem as problem:
         if problem.field is None and problem.status != 503:
             problem.detail, problem.field = f"{where}: {problem.detail}", where
@@ -91,13 +91,15 @@ def _decode(
     limits: Limits,
     window: Window | None,
     frames: Sequence[int] | None,
-    room: Room | None,
+    case: Case | None,
 ) -> list[Upload]:
     images = _opened(content)
     chosen = _chosen(images, limits, frames)
     for number in chosen:
         _check_size(images.size(number - 1), limits)
-    found = [_pixels(images, number, window, room) for number in chosen]
+    if case is not None:
+        case.count(sum(math.prod(images.size(number - 1)) for number in chosen))
+    found = [_pixels(images, number, window, case) for number in chosen]
     header = images.header() if isinstance(images, dicom.Object) else None
     several = images.num_frames > 1
     return [
@@ -148,10 +150,10 @@ def _check_size(size: tuple[int, int], limits: Limits) -> None:
         raise Problem(413, f"an image of at most {limits.pixels} pixels (height x width) is expected")
 
 
-def _pixels(images: Images, number: int, window: Window | None, room: Room | None) -> np.ndarray:
+def _pixels(images: Images, number: int, window: Window | None, case: Case | None) -> np.ndarray:
     """One frame, decoded."""
     index = number - 1
-    if room is None:
+    if case is None:
         return check_varies(images.pixels(index, window))
-    with room.taken(math.prod(images.size(index))) as hold:
+    with case.room.taken(math.prod(images.size(index))) as hold:
         return hold(check_varies(images.pixels(index, window)))

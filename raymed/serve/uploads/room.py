@@ -21,9 +21,7 @@ class Room:
     @contextmanager
     def taken(self, pixels: int) -> Iterator[Callable[[np.ndarray], np.ndarray]]:
         """Room for an image, given back when the block ends, or, for an array that was given to what the block gets,
-        when nobody has that array any more. Raises Problem: 413 for more than there is, 503 for more than is free."""
-        if pixels > self.pixels:
-            raise Problem(413, "the image is larger than all that the server holds at once")
+        when nobody has that array any more. Raises Problem (503) for more than is free."""
         with self._lock:
             if pixels > self.free:
                 raise busy("the server holds as many images as it can", retry_after=1)
@@ -42,6 +40,28 @@ class Room:
             if not held:
                 self._give(pixels)
 
+    def case(self) -> "Case":
+        """For the images of one request."""
+        return Case(self)
+
     def _give(self, pixels: int) -> None:
         with self._lock:
             self.free += pixels
+
+
+class Case:
+    """What the images of one request need of a room in all, counted by the threads that decode them, each before it
+    takes any: a case that never finds room is told so, instead of to come again."""
+
+    def __init__(self, room: Room):
+        self.room = room
+        self._left = room.pixels
+        self._lock = threading.Lock()
+
+    def count(self, pixels: int) -> None:
+        """Some images more. Raises Problem (413) where all that were counted are more than the room holds."""
+        with self._lock:
+            if pixels > self._left:
+                detail = f"the images of a case may have {self.room.pixels} pixels (height x width) in all"
+                raise Problem(413, detail, field="files")
+            self._left -= pixels

@@ -112,6 +112,33 @@ def test_flags_that_cannot_be(kubernetes, changes, said):
     assert state.load() is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"context": "there"}, "in context 'here', not in context 'there'"),
+        ({"namespace": "other"}, "in namespace 'raymed', not in namespace 'other'"),
+    ],
+)
+def test_a_cluster_elsewhere_is_another_one(kubernetes, changes, said):
+    """The first one would be forgotten, and go on costing."""
+    kubernetes[CRD] = definition(secretName={})
+    with pytest.raises(UserError, match="`kubectl create` failed"):  # what was begun is remembered
+        kuberay.up(config())
+    first = state.required()
+    assert first.facts["kubectl"] == ["kubectl", "--namespace=raymed", "--context=here"], "also when another is current"
+    with pytest.raises(UserError, match=said):
+        kuberay.up(config(**changes))
+    assert state.load() == first
+    with pytest.raises(UserError, match="`kubectl create` failed"):
+        kuberay.up(config(context="here"))
+
+
+def test_kubectl_without_a_context(tmp_path, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    assert kuberay._current_context() == ""
+    assert kuberay._kubectl("", "raymed") == ["kubectl", "--namespace=raymed"]
+
+
 def test_secrets_of_the_namespace_stay(kubernetes):
     kubernetes["/api/v1/namespaces/raymed/secrets/raymed-token"] = {"data": {"auth_token": "dG9rZW4="}}
     kubernetes["/api/v1/namespaces/raymed/secrets/raymed"] = {"data": {"RAYMED_SERVE_TOKEN": "c2VydmU="}}

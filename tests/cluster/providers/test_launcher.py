@@ -2,6 +2,7 @@
 launcher would start: with which roles, groups, images and prices."""
 
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -154,7 +155,9 @@ def test_machines_that_ray_would_start(account, file, monkeypatch):
     variables = (state.folder() / "node.env").read_text()
     assert "RAYMED_HOME=s3://bucket/raymed\n" in variables and "MLFLOW_TRACKING_PASSWORD=" in variables
     password = [line for line in variables.splitlines() if "PASSWORD" in line]
-    launcher.written(aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file)))
+    launch = aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file))
+    assert launch.place["region"] == REGION and re.fullmatch(r"\d{12}", launch.place["account"])
+    launcher.written(launch)
     assert password[0] in (state.folder() / "node.env").read_text(), "it stays"
 
     for kind in ("head", "gpu", "efa"):
@@ -207,6 +210,103 @@ def test_an_up_that_fails_is_remembered_and_taken_down(account, file):
     assert not aws.status(cluster)[0].is_up
     aws.down(cluster)
     assert state.load() is None and aws.machines(account) == []
+
+
+def test_machines_that_are_left_are_remembered(account, monkeypatch):
+    """Ray's launcher says that it is done, and a machine still runs."""
+    monkeypatch.setattr(launcher, "ray", lambda words: 0)
+    ec2 = account.client("ec2")
+    tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "raymed"}]}]
+    [machine] = ec2.run_instances(ImageId=IMAGE, MinCount=1, MaxCount=1, TagSpecifications=tags)["Instances"]
+    cluster = Cluster("aws", environment={"AWS_DEFAULT_REGION": REGION}, facts={"file": "aws.yaml"})
+    state.save(cluster)
+    with pytest.raises(
+        UserError, match=f"are left, and cost: .*--region {REGION} --instance-ids {machine['InstanceId']}"
+    ):
+        aws.down(cluster)
+    assert state.load() == cluster
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="no AWS credentials"):
+        patch.delenv("AWS_ACCESS_KEY_ID")
+        patch.delenv("AWS_SECRET_ACCESS_KEY")
+        aws.down(cluster)
+    assert state.load() == cluster, "nobody could look"
+
+    ec2.terminate_instances(InstanceIds=[machine["InstanceId"]])
+    aws.down(cluster)
+    assert state.load() is None
+
+
+@pytest.fixture
+def template(tmp_path):
+    path = tmp_path / "template.yaml"
+    path.write_text((launcher.PROJECT / "cluster" / "gcp.yaml").read_text())
+    return path
+
+
+def on_google(template: Path, project: str = "ours", zone: str = "europe-west4-a") -> launcher.Launch:
+    values = {"google_project": project, "region": zone[:-2], "zone": zone}
+    return launcher.Launch("gcp", template, values, {"RAYMED_HOME": "/mnt"}, {"project": project, "zone": zone})
+
+
+def test_a_cluster_elsewhere_is_another_one(template, monkeypatch):
+    """The first one would be forgotten, and go on costing."""
+    monkeypatch.setattr(launcher, "ray", lambda words: 0)
+    monkeypatch.setattr(launcher, "opened", lambda cluster, tunnels: cluster)
+    first = launcher.up(on_google(template))
+    written = Path(first.facts["file"]).read_text()
+    with pytest.raises(UserError, match="in zone 'europe-west4-a', not in zone 'us-east1-b': .* down first"):
+        launcher.up(on_google(template, zone="us-east1-b"))
+    with pytest.raises(UserError, match="in project 'ours', not in project 'theirs'"):
+        launcher.up(on_google(template, project="theirs"))
+    assert state.load() == first and Path(first.facts["file"]).read_text() == written
+    assert launcher.up(on_google(template)) == first, "there it is brought up to date"
+
+
+SECRETS = ("cluster/docker/.env", "cluster/docker/.env.old", "watch/serve.token", "monday/mlflow.db", "scans/1.dcm")
+SECRETS += (".env", ".git-credentials", "raymed/.env", "raymed/tasks/ours/a.png", "raymed/tasks/bundle.key")
+CODE = ("LICENSE", "README.md", "cluster/node.sh", "pyproject.toml", "raymed/__init__.py", "raymed/serve/page/app.js")
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A project folder with code, and with what is nobody else's business."""
+    folder = tmp_path / "project"
+    for name in (*SECRETS, *CODE, "raymed/__pycache__/x.pyc", "raymed.egg-info/SOURCES.txt", "jobs/train.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(launcher.PROJECT / name, folder)
+    (folder / "raymed" / "tasks" / "ours" / ".gitignore").write_text("*\n")
+    (folder / "raymed" / "link").symlink_to(folder / "scans")
+    (folder / "raymed" / "link.dcm").symlink_to(folder / "scans" / "1.dcm")
+    monkeypatch.setattr(launcher, "PROJECT", folder)
+    return folder
+
+
+def test_machines_get_code_alone(template, project):
+    content = yaml.safe_load(launcher.written(on_google(template)).read_text())
+    copy = Path(content["file_mounts"]["~/raymed"])
+    assert copy.is_relative_to(state.folder())
+    assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if not path.is_dir()) == sorted(CODE)
+    assert (copy / "cluster/node.sh").read_text() == "cluster/node.sh"
+
+    (project / "raymed" / "__init__.py").unlink()
+    (project / "raymed" / "new.py").touch()
+    launcher.written(on_google(template))
+    assert (copy / "raymed" / "new.py").is_file() and not (copy / "raymed" / "__init__.py").exists()
+
+
+def test_machines_get_the_whole_package_and_nothing_that_git_ignores():
+    names = launcher.of_project()
+    git = ["git", "-C", str(launcher.PROJECT)]
+    if subprocess.run([*git, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("this project folder is no repository")
+    tracked = subprocess.run([*git, "ls-files", "raymed"], capture_output=True, text=True, check=True).stdout
+    there = {name for name in tracked.splitlines() if (launcher.PROJECT / name).is_file()}
+    assert there <= set(names)
+    asked = [*git, "check-ignore", "--no-index", "--stdin"]
+    assert subprocess.run(asked, input="\n".join(names), capture_output=True, text=True).stdout == ""
 
 
 def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path):

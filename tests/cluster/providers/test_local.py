@@ -8,7 +8,9 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -17,7 +19,7 @@ import pytest
 from raymed.cluster import isolated, ports, processes, state
 from raymed.cluster.providers import local, provider
 from raymed.cluster.services import Silent, ray, s3
-from raymed.cluster.state import Process
+from raymed.cluster.state import Cluster, Process
 from raymed.config import UserError
 from raymed.storage import server
 
@@ -220,6 +222,75 @@ def test_isolation_without_root_is_an_error_before_anything_starts(folder, monke
     assert state.load() is None and not (folder / "data").exists()
     with pytest.raises(UserError):
         isolated.check_allowed()
+
+
+def brought_up(**flags):
+    """A cluster on this machine as it is remembered, of which no part runs."""
+    state.folder().mkdir(parents=True)
+    cluster = local._planned(local.Config(**flags))
+    Path(cluster.facts["temporary"]).rmdir()
+    state.save(cluster)
+    return cluster
+
+
+def test_a_flag_that_the_cluster_which_is_up_was_brought_up_without_is_refused():
+    cluster = brought_up(cpus=1)
+    serve = cluster.facts["ports"]["serve"]
+    for config, said in (
+        (local.Config(isolated=True), "up without --isolated: make cluster-down first"),
+        (local.Config(workers=2, cpus=2), r"without --workers 2 \(it has 1\), --cpus 2 \(it has 1\): "),
+        (local.Config(serve_port=serve + 1), rf"without --serve-port {serve + 1} \(it has {serve}\): "),
+    ):
+        with pytest.raises(UserError, match=said):
+            local.up(config)
+    for config in (local.Config(), local.Config(cpus=1), local.Config(serve_port=serve)):
+        with pytest.raises(UserError, match="not all of it"):  # it was looked at
+            local.up(config)
+
+
+class Other(BaseHTTPRequestHandler):
+    """A program at Serve's port, or a Serve that is not well."""
+
+    status, text = 200, b"success"
+
+    def do_GET(self):
+        self.send_response(self.status)
+        self.send_header("Content-Length", str(len(self.text)))
+        self.end_headers()
+        self.wfile.write(self.text)
+
+    def log_message(self, format, *args):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "is_up"),
+    [(200, b"success", True), (503, b"Draining", False), (404, b"", False), (200, b"<html>", False)],
+)
+def test_whatever_listens_at_the_port_of_serve_is_told(status, text, is_up):
+    handler = type("Handler", (Other,), {"status": status, "text": text})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as at:
+        threading.Thread(target=at.serve_forever, args=(0.01,), daemon=True).start()
+        url = f"http://127.0.0.1:{at.server_address[1]}"
+        line = local._serve(Cluster("local", {"serve": url}, facts={"isolated": False}))
+        at.shutdown()
+    assert (line.name, line.is_up) == ("serve", is_up)
+    assert line.detail == url if is_up else f"answers {status}, {text.decode()!r}: see `logs`" in line.detail
+
+
+def test_where_nobody_listens_nothing_is_deployed():
+    url = f"http://127.0.0.1:{ports.choose('', 0, [])}"
+    line = local._serve(Cluster("local", {"serve": url}, facts={"isolated": False}))
+    assert line.is_up and line.detail == f"nothing is deployed; it is to listen at {url}"
+
+
+@pytest.mark.parametrize("isolated", [True, False])
+def test_who_hangs_up_is_the_relay_where_there_is_one(isolated):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=lambda: listening.accept()[0].close(), daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        line = local._serve(Cluster("local", {"serve": url}, facts={"isolated": isolated}))
+    assert line.is_up is isolated and ("nothing is deployed" if isolated else "no answer at") in line.detail
 
 
 def test_only_one_command_at_a_time_changes_the_cluster(folder):

@@ -3,6 +3,8 @@
 The last tests kill its head and take it down, so their order matters.
 """
 
+import importlib.util
+import io
 import json
 import os
 import re
@@ -13,15 +15,24 @@ from pathlib import Path
 
 import httpx
 import pytest
-from local_up import check_gone, command, needs_programs, own_ports, run_job, tree, wait_for
+import yaml
+from local_up import REPO, check_gone, command, needs_programs, own_ports, run_job, tree, wait_for
+from PIL import Image
 
 from raymed.cluster import ports, state
 from raymed.cluster.providers import local
 from raymed.cluster.services import Silent, mlflow, ray, s3
 from raymed.config import UserError
+from raymed.serve.access.tokens import add_token
 from raymed.storage import server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), needs_programs]
+
+_spec = importlib.util.spec_from_file_location("registry_fixtures", REPO / "tests" / "registry" / "conftest.py")
+assert _spec and _spec.loader
+_registry = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_registry)
+images, bundle = _registry.images, _registry.bundle
 
 JOB = """
 import json, os, sys
@@ -50,20 +61,6 @@ print("FOUND " + json.dumps({
     **{name: os.environ[name] for name in names},
 }))
 """
-SERVE = """
-import sys, time
-import ray
-from ray import serve
-
-@serve.deployment(ray_actor_options={"num_cpus": 0.5})
-class Hello:
-    async def __call__(self, request):
-        return "hello"
-
-ray.init()
-serve.start(proxy_location="EveryNode", http_options={"host": "127.0.0.1", "port": int(sys.argv[1])})
-serve.run(Hello.bind(), name="hello", route_prefix="/")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +82,32 @@ def seen(cluster, tmp_path_factory):
     return json.loads(said.split("FOUND ")[1].splitlines()[0])
 
 
+@pytest.fixture(scope="module")
+def served(cluster, bundle, tmp_path_factory):
+    """Headers with a token for raymed's app, deployed by the project's own file with a model and a port of its own."""
+    home, told = tmp_path_factory.mktemp("served"), yaml.safe_load((REPO / "cluster/serve.yaml").read_text())
+    token = add_token(home / "tokens.json", "tests", 1)
+    (application,) = told["applications"]
+    access = {"tokens": str(home / "tokens.json")}
+    application["args"] = {"models": [f"hsg={bundle.save(home / 'bundle')}"], "access": access, "storage": str(home)}
+    application["deployments"][0]["ray_actor_options"]["num_cpus"] = 0
+    told["http_options"]["port"] = cluster.facts["ports"]["serve"]
+    (home / "serve.yaml").write_text(yaml.safe_dump(told))
+    words = [Path(sys.executable).with_name("serve"), "deploy", "--address", cluster.addresses["dashboard"]]
+    environment = os.environ | cluster.environment
+    done = subprocess.run([*words, home / "serve.yaml"], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    wait_for(lambda: _is_ready(cluster.addresses["serve"]), 120, "the app answers")
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", trust_env=False, timeout=30).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
 def test_every_part_is_up(cluster):
     lines = {line.name: line for line in local.status(cluster)}
     assert all(line.is_up for line in lines.values())
@@ -103,14 +126,6 @@ def test_every_port_is_listed(cluster):
             listening.add(int(line.split()[3].rpartition(":")[2]))
     details = " ".join(line.detail for line in local.status(cluster) if line.name.startswith("port of"))
     assert len(listening) > 15 and listening <= {int(port) for port in re.findall(r":(\d+)\b", details)}
-
-
-def test_what_people_use_listens_on_this_machine_only(cluster):
-    at = [place for places in ports.listening(tree(cluster)).values() for place in places]
-    for name in ("dashboard", "mlflow", "s3"):
-        assert [p for p in at if p.endswith(f":{cluster.facts['ports'][name]}")] == [
-            cluster.addresses[name].removeprefix("http://")
-        ]
 
 
 def test_nobody_gets_in_without_token_or_password(cluster):
@@ -224,13 +239,22 @@ def test_no_secret_is_in_a_command_line_a_log_or_an_open_file(cluster, seen):
         assert not [secret for secret in secrets if secret.encode() in content], path
 
 
-def test_serve_answers_where_its_address_says(cluster, tmp_path):
-    (tmp_path / "serve.py").write_text(SERVE)
-    run_job(cluster, tmp_path / "serve.py", cluster.facts["ports"]["serve"])
-    answer = httpx.get(cluster.addresses["serve"], trust_env=False, timeout=30)
-    assert answer.text == "hello"
-    lines = {line.name: line.detail for line in local.status(cluster)}
-    assert lines["serve"] == cluster.addresses["serve"]
+def test_serve_answers_where_its_address_says_and_wants_a_token(cluster, served, images):
+    file, url = io.BytesIO(), f"{cluster.addresses['serve']}/v1/models/hsg:predict"
+    Image.fromarray(images[0]).save(file, "PNG")
+    for headers, status in ({}, 401), ({"Authorization": "Bearer guessed"}, 401), (served, 200):
+        files = {"file": ("x", file.getvalue())}
+        assert httpx.post(url, files=files, headers=headers, trust_env=False, timeout=60).status_code == status
+    assert httpx.get(f"{cluster.addresses['serve']}/v1/models", trust_env=False).status_code == 401
+    lines = {line.name: line for line in local.status(cluster)}
+    assert lines["serve"].is_up and lines["serve"].detail == cluster.addresses["serve"]
+
+
+def test_what_people_use_listens_on_this_machine_only(cluster, served):
+    at = {place for places in ports.listening(tree(cluster)).values() for place in places}
+    for name in ("dashboard", "mlflow", "s3", "serve"):
+        own = {place for place in at if place.endswith(f":{cluster.facts['ports'][name]}")}
+        assert own == {cluster.addresses[name].removeprefix("http://")}
 
 
 def test_logs_are_those_of_every_part(cluster):

@@ -119,6 +119,31 @@ def test_keys_of_a_bucket_go_along_and_a_profile_does_not(monkeypatch):
     assert environment("/shared") == set()
 
 
+def environment_of_before(monkeypatch, storage: str, now: dict[str, str]) -> dict[str, str]:
+    """The bucket's part of what a cluster has that was brought up with keys, a session and an endpoint, in a shell that
+    has others now."""
+    first = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL": "e"}
+    machine = onprem_host.Machine(ssh.Host("a"), "root", 0, 0, "10.0.0.1")
+    before = None
+    for bucket, shell in (("s3://bucket/raymed", first), (storage, now)):
+        for name in first:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in shell.items():
+            monkeypatch.setenv(name, value)
+        before = onprem._planned(onprem.Config(bucket, ("a",)), before, [machine], "id")
+    assert before is not None
+    return {name: value for name, value in before.environment.items() if name in first}
+
+
+def test_a_shell_without_the_keys_leaves_the_clusters_own(monkeypatch):
+    same = "s3://bucket/raymed/"
+    had = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL": "e"}
+    assert environment_of_before(monkeypatch, same, {}) == had
+    lasting = {"AWS_ACCESS_KEY_ID": "k2", "AWS_SECRET_ACCESS_KEY": "s2"}
+    assert environment_of_before(monkeypatch, same, lasting) == lasting | {"AWS_ENDPOINT_URL": "e"}, "no old session"
+    assert environment_of_before(monkeypatch, "s3://other/raymed", {}) == {}, "they were for another bucket"
+
+
 def test_the_list_of_hosts(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# ours\nadmin@10.0.0.1  # head\n\ngpu-2\n")

@@ -1,0 +1,172 @@
+"""`up` on an on-prem cluster that is up: what goes on, what starts again, what is remembered. Hosts answer from memory;
+what they would run is looked at. Real ones are in test_onprem_cluster.py."""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping
+
+import pytest
+
+from raymed.cluster import state
+from raymed.cluster.providers import onprem, onprem_host, ssh
+from raymed.config import UserError
+
+
+class Hosts:
+    """Machines as far as scripts tell: what lies in /etc, and whose services were stopped."""
+
+    def __init__(self):
+        self.etc: dict[str, dict[str, str]] = {}
+        self.stopped: list[str] = []
+        self.unreachable: set[str] = set()
+        self.bad_keys: set[str] = set()
+
+    def run(self, host: ssh.Host, script: str, data: bytes = b"", seconds: float = 0.0) -> str:
+        files = self.etc.setdefault(host.name, {})
+        if host.name in self.unreachable:
+            raise ssh.Failed(f"{host.name}: cannot be reached")
+        if "uname" in script:
+            return "\n".join(f"{name}={value}" for name, value in self.found(host.name).items())
+        if "systemd-run" in script:
+            environment = data.decode() or files["raymed/environment"]
+            if any(f'"{key}"' in environment for key in self.bad_keys):
+                raise ssh.Failed(f"{host.name}: the bucket does not take these keys")
+        elif "rm -rf /etc/raymed" in script:
+            files.clear()
+        elif "tar -x" in script:
+            with tarfile.open(fileobj=io.BytesIO(data)) as archive:
+                files |= {entry.name: archive.extractfile(entry).read().decode() for entry in archive}  # pyright: ignore
+            self.stopped.append(host.name)
+            assert 0 < script.index("systemctl stop") < script.index("systemctl start")
+        elif "is-active" in script:
+            return "\n".join(f"{name} active" for name in self.services(host.name))
+        return ""
+
+    def found(self, name: str) -> Mapping[str, object]:
+        mark, owner = (*self.etc[name].get("raymed/cluster", "").splitlines(), "", "")[:2]
+        versions = json.dumps({**onprem_host.own_versions(), "flask-wtf": "1"})
+        machine = {"system": "Linux", "systemd": "yes", "root": "yes", "user": "root", "uid": 0, "gid": 0}
+        return machine | {"address": name, "mark": mark, "owner": owner, "versions": versions}
+
+    def services(self, name: str) -> set[str]:
+        units = [path for path in self.etc.get(name, {}) if path.endswith(".service")]
+        return {path.rpartition("/")[2].removesuffix(".service") for path in units}
+
+    def nodes(self, *_) -> dict[str, dict]:
+        workers = [name for name in self.etc if "raymed-worker" in self.services(name) and name not in self.unreachable]
+        return {name: {} for name in ("head", *(f"worker-{name}" for name in workers))}
+
+
+@pytest.fixture
+def hosts(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "cluster"))
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "good")
+    monkeypatch.delenv("AWS_SESSION_TOKEN", raising=False)
+    hosts = Hosts()
+    monkeypatch.setattr(ssh.Host, "run", lambda host, *words, **how: hosts.run(host, *words, **how))
+    monkeypatch.setattr(onprem, "check_here", lambda *_: None)
+    monkeypatch.setattr(onprem.tunnels, "opened", lambda cluster, _: cluster)
+    monkeypatch.setattr(onprem.mlflow, "ask", lambda _: "")
+    monkeypatch.setattr(onprem.ray, "nodes", hosts.nodes)
+    monkeypatch.setattr(onprem.ray, "ask_dashboard", lambda *_: "")
+    monkeypatch.setattr(onprem.ray, "describe", lambda _: "")
+    monkeypatch.setattr(onprem, "START_SECONDS", -1.0)
+    return hosts
+
+
+def up(*names: str) -> state.Cluster:
+    return onprem.up(onprem.Config("s3://bucket/raymed", names))
+
+
+def test_keys_that_the_bucket_does_not_take_stop_no_service(hosts, monkeypatch):
+    up("a", "b")
+    before, lay = state.required(), json.dumps(hosts.etc)
+    hosts.stopped.clear()
+    hosts.bad_keys = {"bad"}
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "bad")
+    with pytest.raises(UserError, match="does not take these keys"):
+        up("a", "b")
+    assert hosts.stopped == [] and json.dumps(hosts.etc) == lay
+    assert state.required().environment == before.environment, "clients go on with the keys that work"
+
+
+def test_a_shell_without_keys_stops_no_service(hosts, monkeypatch):
+    up("a", "b")
+    hosts.stopped.clear()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    up("a", "b")
+    assert hosts.stopped == []
+
+
+def test_new_keys_start_services_again_and_that_is_said(hosts, monkeypatch, capsys):
+    up("a", "b")
+    assert "start again" not in capsys.readouterr().out
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "newer")
+    up("a", "b")
+    said = capsys.readouterr().out
+    assert all(f"{name}: what its services start with has changed" in said for name in ("a", "b"))
+    assert state.required().environment["AWS_SECRET_ACCESS_KEY"] == "newer"
+    assert all('"newer"' in hosts.etc[name]["raymed/environment"] for name in ("a", "b"))
+
+
+def test_a_host_that_joins_a_single_one_stops_nothing_there(hosts, capsys):
+    up("a")
+    assert hosts.services("a") == {"raymed-head", "raymed-mlflow", "raymed-worker"}
+    hosts.stopped.clear()
+    up("a", "b")
+    assert hosts.stopped == ["b"]
+    assert "a stays a worker too" in capsys.readouterr().out
+    up("a", "b", "c")
+    assert hosts.stopped == ["b", "c"]
+    onprem.down(state.required())
+    up("a", "b")
+    assert hosts.services("a") == {"raymed-head", "raymed-mlflow"}
+
+
+def test_a_host_that_was_left_out_while_it_could_not_be_reached_is_ended_later(hosts, capsys):
+    up("a", "b", "c")
+    hosts.unreachable = {"b"}
+    up("a", "c")
+    assert "no longer in the list, but not ended: b: cannot be reached" in capsys.readouterr().err
+    [line] = [line for line in onprem.status(state.required()) if line.name == "b"]
+    assert not line.is_up and "was not ended" in line.detail
+    hosts.unreachable = set()  # it boots, with its service and a token that holds
+    assert "worker-b" in hosts.nodes()
+    up("a", "c")
+    assert hosts.etc["b"] == {} and state.required().facts["left"] == []
+    assert "b" not in {line.name for line in onprem.status(state.required())}
+
+
+def test_another_node_takes_the_place_of_none_that_is_awaited(hosts, monkeypatch):
+    """One that was left out joins by itself before it can be ended."""
+    up("a", "b")
+    hosts.unreachable = {"b"}
+    monkeypatch.setattr(onprem.ray, "nodes", lambda *_: {"head": {}, "worker-b": {}, "worker-c": {}})
+    up("a", "c")
+    monkeypatch.setattr(onprem.ray, "nodes", lambda *_: {"head": {}, "worker-b": {}})
+    with pytest.raises(UserError, match="there is no node worker-c"):
+        up("a", "c")
+
+
+def test_down_reaches_a_host_that_was_left(hosts):
+    up("a", "b")
+    hosts.unreachable = {"b"}
+    up("a")
+    with pytest.raises(UserError, match="b: cannot be reached"):
+        onprem.down(state.required())
+    hosts.unreachable = set()
+    onprem.down(state.required())
+    assert state.load() is None and hosts.etc == {"a": {}, "b": {}}
+
+
+def test_a_left_host_that_is_in_the_list_again_is_a_host(hosts):
+    up("a", "b")
+    hosts.unreachable = {"b"}
+    up("a")
+    hosts.unreachable = set()
+    cluster = up("a", "b")
+    assert (cluster.facts["hosts"], cluster.facts["left"]) == (["a", "b"], [])
+    assert hosts.services("b") == {"raymed-worker"}

@@ -1,0 +1,52 @@
+"""Jobs whose images the device refuses: they can be cancelled, and do not try for ever."""
+
+import threading
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from batch_example import JOBS, ask, case_bundle, config, ended, root, started
+from waiting import until
+
+from raymed.serve.jobs import runner
+
+__all__ = ["case_bundle", "config", "root"]
+
+
+@contextmanager
+def full_device(client):
+    """Let every image of the model be too much for the device; gives an event, set when one was."""
+    tried = threading.Event()
+
+    def network(batch):
+        tried.set()
+        raise torch.OutOfMemoryError
+
+    lanes = client.app.state.service.models.get("hsg").lanes
+    lane = lanes["image"]
+    lanes["image"] = replace(lane, network=network)
+    yield tried
+    lanes["image"] = lane
+
+
+def test_a_job_whose_image_is_always_refused_can_be_cancelled(config, monkeypatch):
+    monkeypatch.setattr(runner, "_PATIENCE_S", 0.05)
+    with started(config) as client:
+        with full_device(client) as tried:
+            first, second = (ask(client).json()["id"] for _ in range(2))
+            assert tried.wait(20)
+            assert client.get(f"{JOBS}/{first}").json()["state"] == "running"
+            assert client.delete(f"{JOBS}/{first}").status_code == 204
+            until(lambda: client.get(f"{JOBS}/{second}").json()["state"] == "running")
+        done = ended(client, second)
+        assert (done["state"], done["done"]) == ("succeeded", 12), "it waited until there was memory"
+
+
+def test_a_job_whose_image_is_refused_for_long_fails_and_the_next_is_done(config, monkeypatch):
+    monkeypatch.setattr(runner, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(runner, "_REFUSED_S", 0.2)
+    with started(config) as client:
+        with full_device(client):
+            done = ended(client, ask(client).json()["id"])
+            assert done["state"] == "failed" and "no memory" in done["problem"]
+        assert ended(client, ask(client).json()["id"])["state"] == "succeeded"
