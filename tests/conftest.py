@@ -4,6 +4,7 @@ import os
 import uuid
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pytest
 
@@ -89,5 +90,7 @@ def s3(s3_server, tmp_path_factory, monkeypatch):
     monkeypatch.setenv("AWS_CONFIG_FILE", os.devnull)
     for name, value in place.env.items():
         monkeypatch.setenv(name, value)
+    # boto3's own session, which MLflow uses, would keep the credentials that an earlier test has set.
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)
     yield place
     s3_server.ensure()

@@ -7,10 +7,10 @@ as one `ImageProblem` that says why in plain words.
 import hashlib
 import io
 import math
+import os
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -137,17 +137,27 @@ def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Bin
     if not isinstance(source, str | Path | bytes):
         return nullcontext(source)
     if isinstance(source, bytes):
-        is_empty, file = not source, partial(io.BytesIO, source)
+        file = io.BytesIO(source)
     else:
-        path = Path(source)
-        if path.is_dir():
-            raise ImageProblem("is a folder")
-        if not path.is_file():
-            raise ImageProblem("there is no such file")
-        is_empty, file = path.stat().st_size == 0, partial(path.open, "rb")
-    if is_empty:
+        file = _opened_path(Path(source))
+    if file.seek(0, os.SEEK_END) == 0:
+        file.close()
         raise ImageProblem("the file is empty (0 bytes)")
-    return file()
+    file.seek(0)
+    return file
+
+
+def _opened_path(path: Path) -> BinaryIO:
+    if path.is_dir():
+        raise ImageProblem("is a folder")
+    if not path.is_file():
+        raise ImageProblem("there is no such file")
+    try:
+        return path.open("rb")
+    except FileNotFoundError:  # a share that has just gone away
+        raise ImageProblem("there is no such file") from None
+    except OSError as error:
+        raise ImageProblem(f"cannot be opened: {error.strerror}") from error
 
 
 def _kind_by_name(source: object) -> str:

@@ -1,5 +1,6 @@
 """Images are decoded once, and what is kept is right."""
 
+import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -111,16 +112,16 @@ def test_a_share_that_goes_away_leaves_no_cache(files, tmp_path, monkeypatch):
     share, away = tmp_path / "share", tmp_path / "away"
     share.mkdir()
     sources = [ImageFile(file.path.rename(share / file.path.name)) for file in files]
-    describe, seen = cache._describe, []
+    describe, described = cache._describe, itertools.count(1)
 
     def describe_and_leave(pixels):
-        seen.append(pixels)
-        if len(seen) == 5:
+        if next(described) == 5:
             share.rename(away)
         return describe(pixels)
 
     with monkeypatch.context() as patch:
         patch.setattr(cache, "_describe", describe_and_leave)
+        patch.setattr("os.cpu_count", lambda: 2)  # with more threads all may have been read by then
         with pytest.raises(UserError, match="went away while they were read: check the share.* start the same command"):
             decode(sources, Preprocess(), tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*.json"))

@@ -338,3 +338,9 @@ def test_inflated_gives_what_is_asked_for(tmp_path):
     assert file.read(10) == b""
     with pytest.raises(zlib.error):
         Inflated(io.BytesIO(packed[:1000] + b"\xff" * 90_000)).read(300_000)
+
+
+def test_a_file_that_goes_away_between_two_looks(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_file", lambda path: True)
+    with pytest.raises(ImageProblem, match="there is no such file"):
+        read(tmp_path / "gone.png")
