@@ -44,7 +44,7 @@ submit: install  ## JOB=jobs/train_classifier.py on that cluster; FLAGS=--no-wai
 logs: install  ## of the last job; NAME=... of another one, or of a part; ARGS=--follow
 	$(BIN)/python -m raymed.cluster logs $(NAME) $(ARGS)
 
-stop: install  ## the last job, at its next checkpoint; NAME=... another one
+stop: install  ## the last job that runs, at its next checkpoint; NAME=... another one
 	$(BIN)/python -m raymed.cluster stop $(NAME)
 
 cluster-down: install

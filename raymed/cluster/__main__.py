@@ -4,7 +4,7 @@
     python -m raymed.cluster status                  each part; exit code 1 where one is down
     python -m raymed.cluster submit JOB [flags]      run a job there, as jobs/train_classifier.py, and follow it
     python -m raymed.cluster logs [NAME] [--follow]  of the last job, or of a job or part by its name
-    python -m raymed.cluster stop [NAME]             ask the last job, or that one, to stop
+    python -m raymed.cluster stop [NAME]             ask the last job that runs, or that one, to stop
     python -m raymed.cluster down                    end all of it; what it stored stays
 
 `COMMAND --help`, and `up PROVIDER --help`, tell the flags. Exit codes: 0; 1 where a part is down; 2 for something that
@@ -52,7 +52,7 @@ class Stop:
     """Ask a job to stop: a training does so after a checkpoint. What has not ended after a minute is killed."""
 
     name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
-    """The job; the last one else."""
+    """The job; else the last one that runs."""
 
 
 @dataclass(frozen=True)

@@ -99,24 +99,26 @@ def _silent(url: str, error: Exception) -> UserError:
     )
 
 
-def names(ray: "JobSubmissionClient") -> list[str]:
-    """The names of all jobs that were submitted, the last one first."""
-    submitted = [job for job in ray.list_jobs() if job.submission_id]
-    ordered = sorted(submitted, key=lambda job: job.start_time or 0, reverse=True)
-    return [str(job.submission_id) for job in ordered]
+def submitted(ray: "JobSubmissionClient") -> dict[str, "JobDetails"]:
+    """Name -> job, of all that were submitted, the last one first."""
+    last_first = sorted(ray.list_jobs(), key=lambda job: job.start_time or 0, reverse=True)
+    return {job.submission_id: job for job in last_first if job.submission_id}
 
 
-def found(ray: "JobSubmissionClient", name: str | None, others: Sequence[str] = ()) -> str:
-    """The name of a job; None: the last one that is not the doctor's. Raises UserError for an unknown one, and lists
-    the jobs and `others`."""
-    known = names(ray)
+def found(
+    ray: "JobSubmissionClient", name: str | None, others: Sequence[str] = (), *, prefer_running: bool = False
+) -> str:
+    """The name of a job; None: the last one that is not the doctor's, with `prefer_running` the last one that has not
+    ended, where there is one. Raises UserError for an unknown one, and lists the jobs and `others`."""
+    known = submitted(ray)
     if name is None:
         own = [job for job in known if job.rpartition("-")[0] != DOCTOR]
         if not own:
             raise UserError("no job was submitted to this cluster: make submit JOB=jobs/train_classifier.py")
-        return own[0]
+        running = [job for job in own if prefer_running and not known[job].status.is_terminal()]
+        return (running or own)[0]
     if name not in known:
-        raise UserError(f"there is no {name!r}; there are {', '.join([*known[:10], *others]) or 'no jobs'}")
+        raise UserError(f"there is no {name!r}; there are {', '.join([*list(known)[:10], *others]) or 'no jobs'}")
     return name
 
 

@@ -32,10 +32,10 @@ def logs(cluster: Cluster, name: str | None = None, *, follow: bool = False) -> 
 
 
 def stop(cluster: Cluster, name: str | None = None) -> int:
-    """Ask a job, the last one unless it is named, to stop; a training does so after a checkpoint, and what has not
-    ended after a minute is killed. Returns 0, also where it had ended already."""
+    """Ask a job, the last one that runs unless it is named, to stop; a training does so after a checkpoint, and what
+    has not ended after a minute is killed. Returns 0, also where it had ended already."""
     with jobs.client(cluster) as ray:
-        found = jobs.found(ray, name)
+        found = jobs.found(ray, name, prefer_running=True)
         was_running = ray.stop_job(found)
         print(f"{found} {'is asked to stop' if was_running else 'had ended already'}", flush=True)
     return 0

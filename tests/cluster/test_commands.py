@@ -165,12 +165,16 @@ def test_state_that_cannot_be_read(home, capsys):
         assert "cannot be read" in capsys.readouterr().err
 
 
-def client_of(*names: str) -> Any:
+def client_of(*names: str, ended: tuple[str, ...] = ()) -> Any:
     """Of a cluster to which these jobs were submitted in this order."""
     from ray.job_submission import JobDetails, JobStatus, JobType
 
-    told = {"type": JobType.SUBMISSION, "status": JobStatus.RUNNING, "entrypoint": ""}
-    submitted = [JobDetails(**told, submission_id=name, start_time=number) for number, name in enumerate(names)]
+    def job(name: str, start_time: int) -> JobDetails:
+        status = JobStatus.SUCCEEDED if name in ended else JobStatus.RUNNING
+        submission = JobType.SUBMISSION
+        return JobDetails(type=submission, status=status, entrypoint="", submission_id=name, start_time=start_time)
+
+    submitted = [job(name, number) for number, name in enumerate(names)]
     return SimpleNamespace(list_jobs=lambda: submitted)
 
 
@@ -180,6 +184,14 @@ def test_the_last_job_is_not_one_of_the_doctors():
     assert jobs.found(client_of(*names), "doctor-00000c") == "doctor-00000c", "it has a log too"
     with pytest.raises(UserError, match="no job was submitted"):
         jobs.found(client_of("doctor-00000c"), None)
+
+
+def test_the_job_to_stop_is_one_that_runs():
+    names = ("tune-00000a", "train-00000b", "eval-00000c")
+    ray = client_of(*names, ended=names[2:])
+    assert jobs.found(ray, None, prefer_running=True) == "train-00000b"
+    assert jobs.found(ray, None) == "eval-00000c", "its log is still of interest"
+    assert jobs.found(client_of(*names, ended=names), None, prefer_running=True) == "eval-00000c"
 
 
 @pytest.mark.parametrize(
