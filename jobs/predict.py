@@ -4,9 +4,10 @@
     python jobs/predict.py --model models:/hsg-supcon_asl@champion --data.manifest new.csv --to predictions.csv
     python jobs/predict.py --model RUN/model --images DIR --workers 8
 
-predictions.csv has score, decision and the reasons why not to trust it for each case, predictions_images.csv what the
-network says of each image. Of a folder the names are pseudonyms, which `jobs/whois.py` takes back. Started again, the
-same command answers what is missing. Large sets are shared among workers of Ray, on this machine or on a cluster.
+predictions.csv has score, decision, answer (positive, negative or, where a server would, abstain) and the reasons why
+not to trust it for each case, predictions_images.csv what the network says of each image. Of a folder the names are
+pseudonyms, which `jobs/whois.py` takes back. Started again, the same command answers what is missing. Large sets are
+shared among workers of Ray, on this machine or on a cluster.
 """
 
 from dataclasses import dataclass, replace

@@ -9,7 +9,8 @@
     python jobs/promote_model.py --model hsg-supcon-asl --verify                         # is the record as it was?
 
 The version in use has the alias `champion` (models:/NAME@champion), the one before it `rollback`. What is to become
-champion must answer its golden inputs and, with --gate.manifest, must on those images not be worse than the champion.
+champion must answer its golden inputs and, where there is another champion, must not be slower than that one and not
+worse on the images of --gate.manifest; without such images, or where it does not pass, it takes --force --why "...".
 Answers of every version are marked "research use only" until that version is released for the use that is stated;
 --restrict, or another stated use, puts the mark back.
 Every decision, a refusal too, is recorded in STORAGE/registry/audit.jsonl: when, by whom, from and to which version,
@@ -26,13 +27,14 @@ from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.command import command
 from raymed.registry.config import check_name, is_stated
-from raymed.registry.gates import GateConfig
+from raymed.registry.gates import GateConfig, is_passed
 from raymed.registry.promote import (
     CANDIDATE,
     CHALLENGER,
     CHAMPION,
     anchors,
     challenge,
+    nominate,
     promote,
     refuse,
     release,
@@ -70,7 +72,7 @@ class PromoteModel:
     data: DataConfig = DataConfig()
     """How the images of --gate.manifest are read."""
     force: bool = False
-    """Promote what does not pass; --why is needed."""
+    """Promote what does not pass, or what is not compared with the champion that it replaces; --why is needed."""
     rollback: bool = False
     """Make the champion before this one champion again."""
     withdraw: bool = False
@@ -130,18 +132,19 @@ def change(config: PromoteModel) -> str:
         restrict(client, version, **told, audit=audit)
         return f"for research use only: {name} version {version.version}"
     if config.to == CANDIDATE:
-        client.set_registered_model_alias(name, CANDIDATE, version.version)
+        nominate(client, version, **told, audit=audit)
         return f"candidate: {name} version {version.version}"
     use = stated_use(version, config.intended_use)
     run = RunConfig(storage=config.storage, tracking=config.tracking)
-    passed, compared = gates(client, version, config.gate, config.data, run)
-    if not config.force and any(gate.passed is False for gate in passed):
-        refuse(client, version, passed, **told, compared=compared, audit=audit)
-    lines = "".join(f"\n    {gate}" for gate in passed)
+    examined = gates(client, version, config.gate, config.data, run)
+    replaces = config.to == CHAMPION and examined.champion not in (None, int(version.version))
+    if not config.force and not is_passed(examined.gates, replaces):
+        refuse(client, version, examined, **told, audit=audit)
+    lines = "".join(f"\n    {gate}" for gate in examined.gates)
     if config.to == CHALLENGER:
-        challenge(client, version, use, **told, gates=passed, compared=compared, audit=audit)
+        challenge(client, version, use, **told, examined=examined, audit=audit)
         return f"challenger: {name} version {version.version}{lines}"
-    record = promote(client, version, use, **told, gates=passed, compared=compared, audit=audit)
+    record = promote(client, version, use, **told, examined=examined, audit=audit)
     return f"champion: {name} version {record['to_version']} (was {record['from_version'] or 'none'}){lines}"
 
 

@@ -5,7 +5,8 @@
     python jobs/serve_tokens.py revoke pacs
 
 Requests bear it as Authorization: Bearer TOKEN. The file (--file; by default tokens.json in the storage's folder serve,
-as --access.tokens of the server) holds names, hashes and ends.
+as --access.tokens of the server) holds names, hashes and ends. Where the storage is a bucket it has to be named, in
+both places.
 """
 
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Annotated
 import tyro
 
 from raymed.registry.command import command
-from raymed.serve.access.tokens import add_token, read_tokens, revoke_token, tokens_file
+from raymed.serve.access.tokens import add_token, check_is_shared, read_tokens, revoke_token, tokens_file
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,11 @@ class Place:
     """Where raymed keeps things; None = $RAYMED_HOME, else ~/.raymed."""
 
     def path(self) -> Path:
-        """The file."""
-        return tokens_file(self.file, self.storage)
+        """The file. Raises UserError for one that no server would read."""
+        path = tokens_file(self.file, self.storage)
+        if self.file is None:
+            check_is_shared(path)
+        return path
 
 
 @dataclass(frozen=True)

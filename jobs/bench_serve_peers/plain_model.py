@@ -27,7 +27,9 @@ class PlainModel:
         self.size, self.mean, self.std = config["size"], config["mean"], config["std"]
         self.network: Any = _timm().create_model(config["backbone"], num_classes=1, in_chans=1)
         self.network.load_state_dict(load_file(folder / "weights.safetensors"))
-        self.network = folded(self.network.eval()).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        network: Any = folded(self.network.eval())
+        self.network = network.to(self.device, memory_format=torch.channels_last)
         self.threads = torch.get_num_threads()
         self.threads = min((1, self.threads), key=self._seconds)
 
@@ -43,7 +45,7 @@ class PlainModel:
     def probabilities(self, images: Sequence[Tensor]) -> list[float]:
         """Of each image, with the number of threads that is sooner for one, as raymed chooses too."""
         torch.set_num_threads(self.threads)
-        return self.network(torch.stack(list(images))).flatten().sigmoid().tolist()
+        return self.network(torch.stack(list(images)).to(self.device)).flatten().sigmoid().tolist()
 
     def _seconds(self, threads: int) -> float:
         """For an image; the least of some."""

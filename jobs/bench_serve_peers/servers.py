@@ -54,7 +54,9 @@ class Server:
         given = [f"{model}={folder / 'bundle' if self.kind.is_ours else folder}" for model, folder in models.items()]
         command = [sys.executable, str(self.kind.script), *self._arguments(given)]
         # A pool of threads that spins while it waits takes the processors from whoever asks; raymed sets this itself.
-        environment = os.environ | {"OMP_WAIT_POLICY": "passive"} | self.kind.environment
+        # TF32 has 10 bits: on a GPU it rounds by more than the probabilities of the servers may differ by.
+        alike = {"OMP_WAIT_POLICY": "passive", "NVIDIA_TF32_OVERRIDE": "0"}
+        environment = os.environ | alike | self.kind.environment
         with log.open("w") as told:
             self.process = subprocess.Popen(command, env=environment, stdout=told, stderr=told)
 

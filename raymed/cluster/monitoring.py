@@ -2,7 +2,8 @@
 
     python -m raymed.cluster.monitoring FOLDER
 
-    prometheus.yml      asks Ray which nodes there are, and the server of models, with their tokens
+    prometheus.yml      asks Ray which nodes there are, and with --server a server that is not on Ray, with their
+                        tokens; what Ray tells holds the models on Ray Serve
     grafana/            a data source and the board, as Grafana reads them when it starts
     boards/             the board (cluster/monitoring/boards/raymed.json)
 
@@ -36,12 +37,17 @@ class Monitoring:
 
     folder: Annotated[Path, tyro.conf.Positional]
     """Is made, and may be there from the time before."""
+    server: str = ""
+    """Address, such as http://127.0.0.1:8000, of a server of models that is not on Ray."""
     prometheus_port: int = 9090
     grafana_port: int = 3000
 
     def __post_init__(self) -> None:
         check_range("prometheus_port", self.prometheus_port, 1, 65535)
         check_range("grafana_port", self.grafana_port, 1, 65535)
+        address = urlparse(self.server)
+        if self.server and not (address.scheme in ("http", "https") and address.netloc):
+            raise UserError(f"server: an address such as http://127.0.0.1:8000 is expected, got {self.server!r}")
 
 
 def write(config: Monitoring, cluster: Cluster) -> list[str]:
@@ -53,7 +59,7 @@ def write(config: Monitoring, cluster: Cluster) -> list[str]:
     try:
         shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
         keep_out(folder)  # the token of the server of models will be in it
-        _change(folder / "prometheus.yml", lambda content: _prometheus(content, cluster, folder))
+        _change(folder / "prometheus.yml", lambda content: _prometheus(content, cluster, config))
         url = f"http://127.0.0.1:{config.prometheus_port}"
         _change(folder / "grafana/datasources/raymed.yaml", lambda content: content["datasources"][0].update(url=url))
         boards = str(folder / "boards")
@@ -71,7 +77,7 @@ def write(config: Monitoring, cluster: Cluster) -> list[str]:
     ]
 
 
-def _prometheus(content: dict[str, Any], cluster: Cluster, folder: Path) -> None:
+def _prometheus(content: dict[str, Any], cluster: Cluster, config: Monitoring) -> None:
     """This cluster's addresses and tokens in place of the usual ones."""
     ray, serve = content["scrape_configs"]
     dashboard = cluster.addresses.get("dashboard")
@@ -80,10 +86,13 @@ def _prometheus(content: dict[str, Any], cluster: Cluster, folder: Path) -> None
     [discovery] = ray["http_sd_configs"]
     discovery["url"] = f"{dashboard}/api/prometheus/sd"
     discovery["authorization"]["credentials_file"] = cluster.environment["RAY_AUTH_TOKEN_PATH"]
-    address = urlparse(cluster.addresses.get("serve", "http://127.0.0.1:8000"))
+    if not config.server:
+        content["scrape_configs"] = [ray]
+        return
+    address = urlparse(config.server)
     serve["static_configs"] = [{"targets": [address.netloc]}]
     serve["scheme"] = address.scheme
-    token = folder / "serve.token"
+    token = config.folder.absolute() / "serve.token"
     if os.environ.get(TOKEN) or not token.is_file():  # one that is there was put there by hand
         write_private(token, os.environ.get(TOKEN, ""))
 
@@ -101,7 +110,7 @@ def main(config: Monitoring) -> None:
     commands = write(config, state.required())
     print("start these, each in a terminal of its own or as a service:\n", *commands, sep="\n")
     print(f"\nthen open http://127.0.0.1:{config.grafana_port}/d/raymed")
-    if not os.environ.get(TOKEN):
+    if config.server and not os.environ.get(TOKEN):
         print(f"for the server of models, put one of its tokens into {config.folder.absolute()}/serve.token")
 
 

@@ -66,8 +66,8 @@ def decode(sources: Sequence[Source], preprocess: Preprocess, cache_dir: Path) -
     image of 16 bits makes all of them 16 (8-bit values times 257).
 
     Raises:
-        UserError: no image can be read; images differ in size and preprocess.size is None; the disk is full; a bucket
-            cannot be read.
+        UserError: no image can be read; images differ in size and preprocess.size is None; the disk is full; a bucket,
+            or a file that is there, cannot be read.
     """
     cache_dir = Path(cache_dir)
     found = versions(source.path for source in sources)
@@ -125,7 +125,16 @@ class _Reader:
         self._copies = fetch(path for path in paths if self._found[path][0] is not None)
 
     def __call__(self, i: int) -> np.ndarray:
-        """The pixels of image i. Raises ImageProblem."""
+        """The pixels of image i. Raises ImageProblem; UserError where nobody has permitted to read it, which is no
+        property of the image that a cache may keep."""
+        try:
+            return self._read(i)
+        except PermissionError as error:
+            raise UserError(
+                f"{error.filename} may not be read by this user: permit it (chmod), then start the same command again"
+            ) from None
+
+    def _read(self, i: int) -> np.ndarray:
         source, path = self._sources[i], self._sources[i].path
         if isinstance(path, str) and self._found[path][0] is None:
             raise ImageProblem(f"no image at {path}")

@@ -148,6 +148,7 @@ def _opened(source: str | Path | bytes | BinaryIO) -> AbstractContextManager[Bin
 
 
 def _opened_path(path: Path) -> BinaryIO:
+    """Raises OSError for what is there and cannot be read now."""
     if path.is_dir():
         raise ImageProblem("is a folder")
     if not path.is_file():
@@ -156,8 +157,6 @@ def _opened_path(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError:  # a share that has just gone away
         raise ImageProblem("there is no such file") from None
-    except OSError as error:
-        raise ImageProblem(f"cannot be opened: {error.strerror}") from error
 
 
 def _kind_by_name(source: object) -> str:

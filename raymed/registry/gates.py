@@ -2,7 +2,8 @@
 
     golden inputs   it answers as it did when it was made
     AUROC           not worse than the champion's by the margin: non-inferiority, on the same patients
-    calibration     its expected calibration error is not higher by more than a margin
+    mean recall     the same of a CLIP, of images and captions that are to find each other
+    calibration     its expected calibration error is not higher by more than a margin; not of a CLIP
     latency         one prediction takes not much longer than the champion's
 
 The comparison itself is `raymed.results.gates`.
@@ -30,11 +31,14 @@ class GateConfig:
     """What a candidate must pass before it becomes champion."""
 
     manifest: str | None = None
-    """Labelled images (see data.manifest) of patients whom neither model has seen: candidate and champion are compared
-    on them. None = they are not compared, which is recorded."""
+    """Labelled images (see data.manifest), or for a CLIP images with captions, of patients whom neither model has seen:
+    candidate and champion are compared on them. None = they are not compared: another champion is then replaced only
+    with --force."""
+    caption: tuple[str, ...] = ("caption",)
+    """Of a CLIP: columns with what is said of the image."""
     margin: float = 0.02
-    """How much lower the candidate's AUROC may be: the lower end of the 95 % interval of the difference must lie above
-    minus this."""
+    """How much lower the candidate's AUROC, or a CLIP's mean recall, may be: the lower end of the 95 % interval of the
+    difference must lie above minus this."""
     calibration: float = 0.05
     """How much higher its expected calibration error may be."""
     slower: float = 2.0
@@ -63,6 +67,21 @@ class Gate:
         return f"{self.name}: {how} ({self.said})"
 
 
+@dataclass(frozen=True)
+class Examination:
+    """What a version was held to, and whose place it was to take."""
+
+    gates: tuple[Gate, ...]
+    champion: int | None
+    """The version that was champion, which the gates are about; None where there was none."""
+
+
+def is_passed(gates: Sequence[Gate], replaces: bool) -> bool:
+    """Whether a version does what it was held to. replaces: another champion, so that a gate at which nobody looked is
+    not passed either."""
+    return not any(gate.passed is False or (replaces and gate.passed is None) for gate in gates)
+
+
 def golden_gate(model: Predictor | Embedder) -> Gate:
     """Whether a bundle answers on drawn patterns what it did when it was made."""
     name = "golden inputs"
@@ -75,14 +94,14 @@ def golden_gate(model: Predictor | Embedder) -> Gate:
     return Gate(name, True, "it answers as it did when it was made")
 
 
-def auroc_gate(difference: Mapping[str, Any], margin: float) -> Gate:
-    """Of the figure of (candidate's - champion's) AUROC."""
+def not_worse_gate(name: str, difference: Mapping[str, Any], margin: float) -> Gate:
+    """Of the figure of (candidate's - champion's) metric of this name: AUROC, mean recall."""
     figures = _interval(difference)
     told = f"{figures['mean']:+.3f}, 95 % CI {figures['ci_low']:+.3f} to {figures['ci_high']:+.3f}"
     if math.isnan(figures["ci_low"]):
-        return Gate("AUROC", False, "the images are too few for an interval of the difference", figures)
+        return Gate(name, False, "the images are too few for an interval of the difference", figures)
     said = f"it differs from the champion's by {told}; the lower end must lie above -{margin:g}"
-    return Gate("AUROC", figures["ci_low"] > -margin, said, figures | {"margin": margin})
+    return Gate(name, figures["ci_low"] > -margin, said, figures | {"margin": margin})
 
 
 def calibration_gate(difference: Mapping[str, Any], margin: float) -> Gate:

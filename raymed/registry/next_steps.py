@@ -21,7 +21,11 @@ def tell_next_steps(
     name, version, is_champion = (registered[key] for key in ("name", "version", "is_champion"))
     use = config.intended_use if config.is_stated else "..."
     promote = ["promote_model", "--model", name, "--version", str(version), "--intended-use", use]
-    steps = [] if is_champion else [("put it into use, saying on whom, by whom and for which decision", promote)]
+    what = "put it into use, saying on whom, by whom and for which decision"
+    if other := registered.get("other_champion"):
+        promote += ["--gate.manifest", "TEST.csv"]
+        what += f", where it is no worse than version {other} on images that neither has seen"
+    steps = [] if is_champion else [(what, promote)]
     steps += [("serve it on this machine, at http://127.0.0.1:8000/", ["serve_models", "--access.open"])]
     where = {"--storage": storage, "--tracking": tracking}
     place = [word for flag, value in where.items() if value for word in (flag, value)]

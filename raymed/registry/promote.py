@@ -18,7 +18,9 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -30,7 +32,7 @@ from raymed.registry.audit import Anchor, Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
 from raymed.registry.decisions import INTENDED_USE, RELEASED, alone, held, on_record, put_on_record
-from raymed.registry.gates import Gate
+from raymed.registry.gates import Examination, is_passed
 from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, version_of
 
 if TYPE_CHECKING:
@@ -38,9 +40,11 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
 CANDIDATE, CHAMPION, CHALLENGER, ROLLBACK = "candidate", "champion", "challenger", "rollback"
-ANY = 0
-"""No version has this number: whichever is champion."""
 PROMOTION, FIGURES, MODEL_ID = "raymed.promotion.", "raymed.figures", "raymed.model_id"  # tags of a version
+
+
+class ChampionChanged(UserError):
+    """Another version has become champion since the examination that a decision goes by."""
 
 
 def promote(
@@ -50,23 +54,22 @@ def promote(
     *,
     by: str = NOT_STATED,
     why: str = NOT_STATED,
-    gates: Sequence[Gate] = (),
-    compared: int | None = ANY,
+    examined: Examination | None = None,
     audit: Audit | None = None,
 ) -> dict[str, Any]:
     """Make a version the champion and the champion so far the rollback; the card says what the model is for. A
     challenger that wins is no challenger any more.
 
-    gates: what it was held to, for the record. compared: the champion that they were about, None where there was none.
-    Returns the record. Raises UserError when nobody says, and nobody has said, what the model is for, and when another
-    version has become champion since.
+    examined: what it was held to, for the record, and the champion that this was about; None = held to nothing, and
+    whichever version is champion is replaced. Returns the record. Raises UserError when nobody says, and nobody has
+    said, what the model is for, and ChampionChanged.
     """
     intended_use = stated_use(version, intended_use)
-    with alone(audit):
-        before = _champion(client, version.name, compared)
-        record = _described("promote", version, before, version, by, why, gates) | {"intended_use": intended_use}
+    with _with_use(client, version, intended_use) as made, alone(audit):
+        before = _champion(client, version.name, examined)
+        record = _described("promote", version, before, version, by, why, examined) | {"intended_use": intended_use}
         with on_record(client, audit, version, record) as line:
-            _state_use(client, version, intended_use)
+            _write_use(client, version, intended_use, made)
             if before is not None and int(before.version) != int(version.version):
                 client.set_registered_model_alias(version.name, ROLLBACK, before.version)
             client.set_registered_model_alias(version.name, CHAMPION, version.version)
@@ -103,20 +106,36 @@ def challenge(
     *,
     by: str = NOT_STATED,
     why: str = NOT_STATED,
-    gates: Sequence[Gate] = (),
-    compared: int | None = ANY,
+    examined: Examination | None = None,
     audit: Audit | None = None,
 ) -> None:
     """Let a version answer the share of patients that servers were told. It answers people: raises UserError as
     `promote`."""
     intended_use = stated_use(version, intended_use)
-    with alone(audit):
-        _champion(client, version.name, compared)
+    with _with_use(client, version, intended_use) as made, alone(audit):
+        _champion(client, version.name, examined)
         before = alias_of(client, version.name, CHALLENGER)
-        record = _described("challenge", version, before, version, by, why, gates) | {"intended_use": intended_use}
+        record = _described("challenge", version, before, version, by, why, examined) | {"intended_use": intended_use}
         with on_record(client, audit, version, record):
-            _state_use(client, version, intended_use)
+            _write_use(client, version, intended_use, made)
             client.set_registered_model_alias(version.name, CHALLENGER, version.version)
+
+
+def nominate(
+    client: "MlflowClient",
+    version: "ModelVersion",
+    *,
+    by: str = NOT_STATED,
+    why: str = NOT_STATED,
+    audit: Audit | None = None,
+) -> None:
+    """Make a version the candidate, which a server answers with until somebody is champion."""
+    with alone(audit):
+        before = alias_of(client, version.name, CANDIDATE)
+        if before is not None and int(before.version) == int(version.version):
+            return
+        with on_record(client, audit, version, _described("nominate", version, before, version, by, why)):
+            client.set_registered_model_alias(version.name, CANDIDATE, version.version)
 
 
 def withdraw(
@@ -135,21 +154,17 @@ def withdraw(
 def refuse(
     client: "MlflowClient",
     version: "ModelVersion",
-    gates: Sequence[Gate],
+    examined: Examination,
     *,
     by: str,
     why: str,
-    compared: int | None = ANY,
     audit: Audit,
 ) -> None:
     """Put on record that a version was not promoted, in the place of the one that it was compared with, and raise
     UserError that says why."""
-    if compared == ANY:
-        before = alias_of(client, version.name, CHAMPION)
-    else:
-        before = None if compared is None else version_of(client, version.name, compared)
-    put_on_record(client, audit, **_described("refuse", version, before, version, by, why, gates))
-    why_not = "\n".join(f"    {gate}" for gate in gates)
+    before = None if examined.champion is None else version_of(client, version.name, examined.champion)
+    put_on_record(client, audit, **_described("refuse", version, before, version, by, why, examined))
+    why_not = "\n".join(f"    {gate}" for gate in examined.gates)
     raise UserError(
         f"{version.name} version {version.version} does not become champion:\n{why_not}\nTake the responsibility with "
         '--force --why "...", which is recorded'
@@ -171,8 +186,9 @@ def release(
         raise UserError('a release takes a responsibility: say who and why, --by "..." --why "..."')
     intended_use = stated_use(version, intended_use)
     record = _described("release", version, version, version, by, why) | {"intended_use": intended_use}
-    with alone(audit), on_record(client, audit, version, record):
-        _state(client, version, intended_use, by)
+    with _made_anew(client, version, intended_use, by) as made:
+        with alone(audit), on_record(client, audit, version, record):
+            _write_use_and_release(client, version, intended_use, by, made)
 
 
 def restrict(
@@ -186,8 +202,10 @@ def restrict(
     """Put the mark back. Raises UserError for a version that has no use, and so was never released."""
     if not is_stated(version.tags.get(INTENDED_USE, NOT_STATED)):
         raise UserError(f"{version.name} version {version.version} was never released: it is for research only")
-    with alone(audit), on_record(client, audit, version, _described("restrict", version, version, version, by, why)):
-        _state(client, version, version.tags[INTENDED_USE], NOT_STATED)
+    intended_use, record = version.tags[INTENDED_USE], _described("restrict", version, version, version, by, why)
+    with _made_anew(client, version, intended_use, NOT_STATED) as made:
+        with alone(audit), on_record(client, audit, version, record):
+            _write_use_and_release(client, version, intended_use, NOT_STATED, made)
 
 
 def anchors(client: "MlflowClient") -> dict[str, Anchor]:
@@ -225,13 +243,13 @@ def is_released(version: "ModelVersion") -> bool:
     return is_stated(version.tags.get(RELEASED, NOT_STATED))
 
 
-def _champion(client: "MlflowClient", name: str, compared: int | None) -> "ModelVersion | None":
-    """The champion. Raises UserError where it is another one than the gates were about."""
+def _champion(client: "MlflowClient", name: str, examined: Examination | None) -> "ModelVersion | None":
+    """The champion. Raises ChampionChanged where it is another one than the examination was about."""
     champion = alias_of(client, name, CHAMPION)
     number = champion and int(champion.version)
-    if compared not in (ANY, number):
-        told = [f"version {one}" if one else "no version" for one in (number, compared)]
-        raise UserError(f"{told[0]} of {name} is champion now, and {told[1]} was when it was compared: compare again")
+    if examined is not None and examined.champion != number:
+        now, then = (f"version {one}" if one else "no version" for one in (number, examined.champion))
+        raise ChampionChanged(f"{now} of {name} is champion now, and {then} was when it was compared: compare again")
     return champion
 
 
@@ -248,7 +266,7 @@ def _described(
     after: "ModelVersion | None",
     by: str,
     why: str,
-    gates: Sequence[Gate] = (),
+    examined: Examination | None = None,
 ) -> dict[str, Any]:
     """A decision as it is recorded."""
     described: dict[str, Any] = {
@@ -260,9 +278,10 @@ def _described(
         "why": why,
         "figures": {"from": before and _figures(before), "to": after and _figures(after)},
     }
-    if gates:
-        failed = any(gate.passed is False for gate in gates)
-        described |= {"gates": [asdict(gate) for gate in gates], "forced": failed and action != "refuse"}
+    if examined is not None and examined.gates:
+        replaces = action == "promote" and before is not None and int(before.version) != int(of.version)
+        forced = action != "refuse" and not is_passed(examined.gates, replaces)
+        described |= {"gates": [asdict(gate) for gate in examined.gates], "forced": forced}
     return described
 
 
@@ -283,32 +302,70 @@ def _figures(version: "ModelVersion") -> dict[str, Any]:
     return json.loads(version.tags.get(FIGURES, "{}"))
 
 
-def _state_use(client: "MlflowClient", version: "ModelVersion", intended_use: str) -> None:
+@contextmanager
+def _with_use(client: "MlflowClient", version: "ModelVersion", intended_use: str) -> Iterator["Future[Path]"]:
+    """As `_made_anew`, where a version is for something else so far than what is to be stated; such a one is for
+    research only again."""
+    if version.tags.get(INTENDED_USE) != intended_use:
+        with _made_anew(client, version, intended_use, NOT_STATED) as made:
+            yield made
+        return
+    made: Future[Path] = Future()
+    changed = f"somebody states another use of {version.name} version {version.version} at this moment: do it again"
+    made.set_exception(UserError(changed))  # nobody asks for it as long as that is not so
+    yield made
+
+
+@contextmanager
+def _made_anew(
+    client: "MlflowClient", version: "ModelVersion", intended_use: str, released_by: str
+) -> Iterator["Future[Path]"]:
+    """A folder with what is to be written into the registered bundle: everything but its weights. What goes wrong is
+    raised where the folder is asked for, when the decision is on record.
+
+    To be made before others wait for the decision: the whole bundle is fetched for its card, which may take long.
+    """
+    made: Future[Path] = Future()
+    with tempfile.TemporaryDirectory(prefix="raymed-bundle-") as temporary:
+        try:
+            made.set_result(_make_anew(client, version, intended_use, released_by, Path(temporary)))
+        except Exception as error:
+            made.set_exception(error)
+        yield made
+
+
+def _make_anew(
+    client: "MlflowClient", version: "ModelVersion", intended_use: str, released_by: str, into: Path
+) -> Path:
+    folder = fetch_bundle(client, f"models:/{version.name}/{version.version}", into / "old")
+    described = json.loads((folder / "bundle.json").read_text())
+    contract = {name: value for name, value in described.get("contract", {}).items() if name not in RELEASE}
+    if is_stated(released_by):
+        contract |= {"research_only": False, "released_by": released_by}
+    described |= {"intended_use": intended_use, "contract": contract}
+    (folder / "bundle.json").write_text(to_json(described))
+    write_card(folder, version.name)
+    shutil.copytree(folder, into / "new" / BUNDLE, ignore=shutil.ignore_patterns("*.safetensors"))
+    return into / "new"
+
+
+def _write_use(client: "MlflowClient", version: "ModelVersion", intended_use: str, made: "Future[Path]") -> None:
     """Write down what a version is for. A release was for the use that was stated then: with another one the version is
     for research only again."""
     if client.get_model_version(version.name, version.version).tags.get(INTENDED_USE) != intended_use:
-        _state(client, version, intended_use, NOT_STATED)
+        _write_use_and_release(client, version, intended_use, NOT_STATED, made)
 
 
-def _state(client: "MlflowClient", version: "ModelVersion", intended_use: str, released_by: str) -> None:
-    """Write the intended use, and who has released it, into the registered bundle, its card and the version. Its
-    weights are not written again, and its description keeps the form that it was registered in."""
+def _write_use_and_release(
+    client: "MlflowClient", version: "ModelVersion", intended_use: str, released_by: str, made: "Future[Path]"
+) -> None:
+    """Write the intended use, and who has released it, into the registered bundle, its card (both `_made_anew`) and the
+    version. Its weights are not written again, and its description keeps the form that it was registered in."""
     # First: whatever breaks off, no version is released for a use that it was not released for.
     client.set_model_version_tag(version.name, version.version, RELEASED, NOT_STATED)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = fetch_bundle(client, f"models:/{version.name}/{version.version}", Path(temporary, "old"))
-        described = json.loads((folder / "bundle.json").read_text())
-        contract = {name: value for name, value in described.get("contract", {}).items() if name not in RELEASE}
-        if is_stated(released_by):
-            contract |= {"research_only": False, "released_by": released_by}
-        described |= {"intended_use": intended_use, "contract": contract}
-        (folder / "bundle.json").write_text(to_json(described))
-        write_card(folder, version.name)
-        new = Path(temporary, "new")
-        shutil.copytree(folder, new / BUNDLE, ignore=shutil.ignore_patterns("*.safetensors"))
-        client.log_model_artifacts(version.tags[MODEL_ID], str(new))
-        text = description((folder / CARD).read_text())
-        client.update_model_version(version.name, version.version, text)
+    folder = made.result()
+    client.log_model_artifacts(version.tags[MODEL_ID], str(folder))
+    client.update_model_version(version.name, version.version, description((folder / BUNDLE / CARD).read_text()))
     client.set_model_version_tag(version.name, version.version, INTENDED_USE, intended_use)
     if is_stated(released_by):
         client.set_model_version_tag(version.name, version.version, RELEASED, released_by)

@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +24,17 @@ from raymed.config import to_json
 from raymed.registry.audit import Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import RegisterConfig, check_name, is_stated
-from raymed.registry.promote import CANDIDATE, CHAMPION, FIGURES, MODEL_ID, description, promote
+from raymed.registry.gates import Examination
+from raymed.registry.promote import (
+    CANDIDATE,
+    CHAMPION,
+    FIGURES,
+    MODEL_ID,
+    ChampionChanged,
+    description,
+    nominate,
+    promote,
+)
 from raymed.registry.schema import input_example, load_options, requirements, signature
 from raymed.registry.store import BUNDLE, alias_of, find_run, lookup
 from raymed.storage import is_remote, local_folder_copy
@@ -47,6 +57,8 @@ class Registered:
     version: int
     run_id: str
     is_champion: bool = False
+    other_champion: int | None = None
+    """The version that is champion instead."""
 
     @property
     def uri(self) -> str:
@@ -102,6 +114,7 @@ def add(
 ) -> Registered:
     """Log and register a bundle that has its card. The version becomes `candidate` unless a newer one is, and champion
     if its intended use is stated and nobody is champion yet; a champion is replaced by `jobs/promote_model.py` alone.
+    Both are put on record; with a champion in use no server looks at a new candidate, and nothing is.
 
     Raises UserError for a bundle that is none or damaged, a name that MLflow cannot take, or a run that it does not
     know.
@@ -111,15 +124,16 @@ def add(
     run = client.get_run(run_id) if run_id else find_run(client, bundle.provenance["run_key"])
     digest = identity(folder)
     version = _version(client, name, digest) or _create_version(client, name, folder, bundle, run, digest)
-    if _is_newest(client, version, CANDIDATE):
-        client.set_registered_model_alias(name, CANDIDATE, version.version)
     number, champion = int(version.version), alias_of(client, name, CHAMPION)
-    is_champion = champion is not None and int(champion.version) == number
+    if _is_newest(client, version, CANDIDATE):
+        nominate(client, version, why="registered", audit=audit if champion is None else None)
     if champion is None and is_stated(bundle.intended_use):
-        why = "registered with its intended use stated"
-        promote(client, version, bundle.intended_use, why=why, compared=None, audit=audit)
-        is_champion = True
-    return Registered(name, number, run.info.run_id, is_champion)
+        why, nobody = "registered with its intended use stated", Examination((), None)
+        with suppress(ChampionChanged):  # another job's model came first, and this one stays a candidate
+            promote(client, version, bundle.intended_use, why=why, examined=nobody, audit=audit)
+        champion = alias_of(client, name, CHAMPION)
+    in_use = champion and int(champion.version)
+    return Registered(name, number, run.info.run_id, in_use == number, in_use if in_use != number else None)
 
 
 def identity(folder: Path) -> str:

@@ -27,7 +27,8 @@ from raymed.config import UserError, check_range
 from raymed.data.intake.scan import CLOSED, patiently
 from raymed.data.manifest import DataConfig
 from raymed.data.readers import ImageFile, ImageProblem, Window
-from raymed.registry.store import alias_of, load_model
+from raymed.registry.promote import is_released
+from raymed.registry.store import alias_of, load_model, version_of
 from raymed.results.predict_cases import Asked, Case, CaseImage, ImageFolder, folder_cases, manifest_cases
 from raymed.results.predict_table import Answer, Origin, Tables
 from raymed.storage import resolve_storage
@@ -75,10 +76,29 @@ def load_origin(model: str, tracking: str | None, storage: str | None) -> tuple[
     model = _with_version(model, tracking, storage)
     bundle = load_model(model, tracking, storage)
     name, _, version = model.removeprefix("models:/").partition("/")
+    run_id = str(bundle.provenance.get("run_key") or NOT_STATED)
     if not model.startswith("models:/"):
-        name, version = str(bundle.provenance.get("run_key") or NOT_STATED), ""
+        name, version = run_id, ""
     geometry = " ".join(f"{key}={value}" for key, value in bundle.preprocess.items() if key not in ("mean", "std"))
-    return bundle, Origin(name, version, bundle_hash(bundle), geometry)
+    return bundle, Origin(
+        name,
+        version,
+        bundle_hash(bundle),
+        geometry,
+        run_id=run_id,
+        intended_use=bundle.intended_use,
+        research_only=_is_for_research(bundle, model, tracking, storage),
+    )
+
+
+def _is_for_research(bundle: Bundle, model: str, tracking: str | None, storage: str | None) -> bool:
+    """Unless a version of the registry was released, or a bundle that was copied from there says so."""
+    from raymed.tracking import connect
+
+    if not model.startswith("models:/"):
+        return bundle.contract.get("research_only", True) is not False
+    name, _, version = model.removeprefix("models:/").partition("/")
+    return not is_released(version_of(connect(tracking, resolve_storage(storage)), name, int(version)))
 
 
 def _with_version(model: str, tracking: str | None, storage: str | None) -> str:
@@ -188,12 +208,13 @@ def answer_case(predictor: Predictor, case: Case, root: Path | None = None) -> A
     together = predictor.case([*predictions.values()]) if predictions else None
     rows = [_image_row(case, image, predictions.get(image.name), problems) for image in case.images]
     reasons = [*_reasons(predictor, predictions, together, problems)]
-    return Answer(_case_row(case, together, reasons), tuple(rows))
+    told = predictor.answer(together)[0] if together else ""
+    return Answer(_case_row(case, together, told, reasons), tuple(rows))
 
 
-def _case_row(case: Case, found: CasePrediction | None, reasons: Sequence[str]) -> dict[str, str]:
+def _case_row(case: Case, found: CasePrediction | None, told: str, reasons: Sequence[str]) -> dict[str, str]:
     row = {"case": case.case, "side": case.side, "image": case.image, "patient": case.patient}
-    row |= {"num_images": "0", "score": "", "threshold": "", "decision": "", "uncertain": ""}
+    row |= {"num_images": "0", "score": "", "threshold": "", "decision": "", "answer": told, "uncertain": ""}
     if found:
         row |= {"num_images": str(len(found.images)), "score": repr(found.probability)}
         row |= {"threshold": repr(found.threshold), "decision": found.decision, "uncertain": _yes(found.uncertain)}

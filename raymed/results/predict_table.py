@@ -23,12 +23,15 @@ from raymed.results.predict_cases import Case
 from raymed.storage import lock, write_atomic
 
 _KEY = ("case", "side", "image", "patient")
-_ANSWER = ("num_images", "score", "threshold", "decision", "uncertain", "reasons")
-_ORIGIN = ("model", "version", "bundle", "preprocessing")
+_ANSWER = ("num_images", "score", "threshold", "decision", "answer", "uncertain", "reasons")
+_ORIGIN = ("model", "version", "bundle", "preprocessing", "run_id", "intended_use", "research_only")
+_LATER = ("answer", "run_id", "intended_use", "research_only")  # files of before do not have them
 CASE_COLUMNS = (*_KEY, *_ANSWER, *_ORIGIN)
 """num_images: those that the score is of. score: calibrated probability of the positive class, to be compared with
-threshold, both to the last digit, which may decide; "" where no image can be used. uncertain: yes, no, "" where the
-model does not say. reasons: why not to trust the row, separated by "; "."""
+threshold, both to the last digit, which may decide; "" where no image can be used. decision: the class on its side of
+the threshold. answer: positive, negative, or abstain where the case is foreign or uncertain, as a server answers
+(`Predictor.answer`); "" where there is no score. uncertain: yes, no, "" where the model does not say. reasons: why not
+to trust the row, separated by "; "."""
 IMAGE_COLUMNS = ("case", "side", "patient", "image", "raw_score", "foreign", "problem", "state", "bundle")
 """raw_score: the network's probability, not calibrated. foreign: yes, no, "". problem: why the image was not used.
 state: which content of the file it was (`CaseImage.state`)."""
@@ -38,12 +41,21 @@ Row = dict[str, str]
 
 @dataclass(frozen=True)
 class Origin:
-    """What the answers come from. bundle: sha256 of the model's bundle.json, which holds those of its tensors."""
+    """What the answers come from. bundle: sha256 of the model's bundle.json, which holds those of its tensors. run_id:
+    of the training. research_only: nobody has released the version for anything else."""
 
     model: str
     version: str
     bundle: str
     preprocessing: str
+    run_id: str
+    intended_use: str
+    research_only: bool
+
+    def row(self) -> Row:
+        """Its columns."""
+        one_line = " ".join(self.intended_use.split())
+        return asdict(self) | {"intended_use": one_line, "research_only": "yes" if self.research_only else "no"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,7 @@ class Tables:
         rows = [row | {"bundle": self._origin.bundle} for row in answer.images]
         for file, text in (
             (self._image_file, _csv(rows, IMAGE_COLUMNS)),
-            (self._case_file, _csv([answer.case | asdict(self._origin)], CASE_COLUMNS)),
+            (self._case_file, _csv([answer.case | self._origin.row()], CASE_COLUMNS)),
         ):
             file.write(text)
             file.flush()
@@ -152,6 +164,8 @@ def _read(path: Path, columns: Sequence[str]) -> list[Row]:
     content = path.read_bytes()
     text = content[: content.rfind(b"\n") + 1].decode("utf-8-sig", errors="replace")  # less a row that was cut off
     header, *rows = [*csv.reader(io.StringIO(text, newline=""))] or [list(columns)]
+    if tuple(header) != tuple(columns) and header == [name for name in columns if name not in _LATER]:
+        raise UserError(f"{path} is of an earlier version, without {', '.join(_LATER)}: name another file with --to")
     if tuple(header) != tuple(columns) or (content and not text):
         raise UserError(f"{path} is no table of predictions: name another file with --to")
     return [dict(zip(columns, row, strict=True)) for row in rows if len(row) == len(columns)]

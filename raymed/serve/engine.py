@@ -29,7 +29,7 @@ from raymed.serve.access import log
 from raymed.serve.access.limits import asking
 from raymed.serve.config import Hardware
 from raymed.serve.handlers import Network
-from raymed.serve.problems import Problem, busy
+from raymed.serve.problems import OutOfMemory, Problem, busy
 
 T = TypeVar("T")
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -314,7 +314,7 @@ def run_batch(network: Network, items: Sequence[Tensor]) -> list[Any]:
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
     if len(items) == 1:
-        raise out_of_memory()
+        raise OutOfMemory()
     half = len(items) // 2
     return [*run_batch(network, items[:half]), *run_batch(network, items[half:])]
 
@@ -324,12 +324,7 @@ def _within_memory(work: Callable[[], T]) -> T:
         return work()
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
-    raise out_of_memory()
-
-
-def out_of_memory() -> Problem:
-    """503 of a device that is full."""
-    return busy("the device has no memory left for this; other requests go on", retry_after=5)
+    raise OutOfMemory()
 
 
 def best_batch(rate: Callable[[int], float]) -> int:

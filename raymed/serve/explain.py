@@ -8,7 +8,8 @@ How much a request may ask for is bounded by the number of images that a network
 import asyncio
 import base64
 import io
-from typing import Literal, TypeVar, get_args
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 import torch
@@ -29,8 +30,9 @@ from raymed.explain.attribution import (
 from raymed.explain.gradcam import grad_cam
 from raymed.report.gallery import HEAT_MAP_SENTENCE
 from raymed.serve.described import Described
+from raymed.serve.footer import marked
 from raymed.serve.handlers import Ask, Fields
-from raymed.serve.problems import Problem
+from raymed.serve.problems import OutOfMemory, Problem
 from raymed.tasks.predictor import Predictor
 
 T = TypeVar("T")
@@ -70,7 +72,8 @@ class Explanation(Described):
     map: str | None = None
     """base64 of H x W bytes, row by row: 0 to 255 for 0 to `maximum`. Only of the form "array"."""
     overlay: str | None = None
-    """base64 of a PNG: the map over the image, the higher, the denser. Only of the form "overlay"."""
+    """base64 of a PNG: the map over the image, the higher, the denser, several times as large where it is small, and
+    below it the model, what the map is, and whether it is for research use only. Only of the form "overlay"."""
     image: str
     """base64 of a PNG: the image as the network receives it."""
     maximum: float
@@ -119,16 +122,22 @@ class Explainer:
 
     async def __call__(self, item: Tensor, fields: ExplainFields, ask: Ask) -> Explanation | None:
         """item: (C, H, W) float32 in [0, 1], what `Predictor.input_image` made. None where no map is asked for. Raises
-        Problem (503)."""
+        Problem (503), of the field explain where the device has no memory for a map."""
         if fields.explain is None:
             return None
+        try:
+            heat_map, deleted = await self._made(item, fields.explain, fields.deletion, ask)
+        except OutOfMemory:
+            raise OutOfMemory("a map", field="explain") from None
+        whose = None if fields.explain_as == "array" else ask.identity
+        return await asyncio.to_thread(self._told, fields.explain, item, heat_map.numpy(), whose, deleted)
+
+    async def _made(self, item: Tensor, method: Method, is_judged: bool, ask: Ask) -> tuple[Tensor, Deletion | None]:
         image = await ask.alone(lambda: self._normalised(item))
-        heat_map = await in_turns(self._heat_map(fields.explain, image), ask)
-        deleted = None
-        if fields.deletion:
-            deleted = await in_turns(deletion(self._probability, image, heat_map), ask)
-        as_array = fields.explain_as == "array"
-        return await asyncio.to_thread(self._told, fields.explain, item, heat_map.numpy(), as_array, deleted)
+        heat_map = await in_turns(self._heat_map(method, image), ask)
+        if not is_judged:
+            return heat_map, None
+        return heat_map, await in_turns(deletion(self._probability, image, heat_map), ask)
 
     def _normalised(self, item: Tensor) -> Tensor:
         return self.predictor.preprocess.normalise(item[None].to(self.predictor.device))[0]
@@ -151,8 +160,14 @@ class Explainer:
         return torch.from_numpy(np.asarray(self.predictor.calibration(self._logit(images).double().cpu().numpy())))
 
     def _told(
-        self, method: Method, item: Tensor, heat_map: np.ndarray, as_array: bool, deleted: Deletion | None
+        self,
+        method: Method,
+        item: Tensor,
+        heat_map: np.ndarray,
+        whose: Mapping[str, Any] | None,
+        deleted: Deletion | None,
     ) -> Explanation:
+        """whose: what the overlay says of the model; None = the map itself."""
         pixels = (255 * item).round().to(torch.uint8).numpy().transpose(1, 2, 0).squeeze()
         maximum = float(heat_map.max())
         scaled = heat_map / maximum if maximum > 0 else heat_map
@@ -160,8 +175,8 @@ class Explainer:
             method=method,
             target=self.predictor.bundle.classes["positive"],
             shape=(heat_map.shape[0], heat_map.shape[1]),
-            map=_base64((255 * scaled).round().astype(np.uint8).tobytes()) if as_array else None,
-            overlay=None if as_array else _png(blend(pixels, scaled)),
+            map=_base64((255 * scaled).round().astype(np.uint8).tobytes()) if whose is None else None,
+            overlay=None if whose is None else _png(_overlay(blend(pixels, scaled), method, whose)),
             image=_png(pixels),
             maximum=maximum,
             deletion=None if deleted is None else DeletionScore.model_validate(deleted, from_attributes=True),
@@ -200,6 +215,11 @@ def blend(pixels: np.ndarray, values: np.ndarray) -> np.ndarray:
     grey = shown if shown.ndim == 3 else np.repeat(shown[..., None], 3, axis=2)
     alpha = 0.65 * values[..., None]
     return np.round(255 * ((1 - alpha) * grey + alpha * colormaps["inferno"](values)[..., :3])).astype(np.uint8)
+
+
+def _overlay(picture: np.ndarray, method: str, whose: Mapping[str, Any]) -> np.ndarray:
+    version = whose["version"] or whose["bundle"][:12]
+    return marked(picture, whose["model"], version, method, whose["research_only"])
 
 
 def _png(pixels: np.ndarray) -> str:

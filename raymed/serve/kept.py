@@ -3,7 +3,8 @@
     STORAGE/serve/models/NAME/origin.json    which version it is, of what was to be served, and its folder
     STORAGE/serve/models/NAME/DIGEST/        its bundle
 
-A folder appears as a whole, and origin.json names it last: a crash leaves the version before it.
+A folder appears as a whole, and origin.json names it last: a crash leaves the version before it. Of a storage in S3 it
+is this machine's working copy, which goes with a pod: RAYMED_LOCAL on a volume that stays is what outlives it.
 """
 
 import hashlib

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +56,41 @@ class Live:
         return await self.engine.alone(self.name, work)
 
 
+@dataclass(eq=False)
+class Asking:
+    """What a handler has for one request: see `raymed.serve.handlers.Ask`."""
+
+    live: Live
+    works_alone: bool = False
+    """Whether work alone has been asked for: the networks have answered by then."""
+    _waited_s: float = 0.0
+    _waits_since: float | None = None
+
+    @property
+    def waited_s(self) -> float:
+        """How long work alone has waited, until now, for the device's thread, which it shares with others."""
+        return self._waited_s + (time.perf_counter() - self._waits_since if self._waits_since else 0.0)
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Of the version."""
+        return self.live.identity
+
+    async def __call__(self, network: str, item: Tensor) -> Any:
+        """See `Live`."""
+        return await self.live(network, item)
+
+    async def alone(self, work: Callable[[], Any]) -> Any:
+        """See `Live`."""
+
+        def begun() -> Any:
+            self._waited_s, self._waits_since = self.waited_s, None
+            return work()
+
+        self.works_alone, self._waits_since = True, time.perf_counter()
+        return await self.live.alone(begun)
+
+
 def load_live(name: str, bundle: Bundle, origin: Origin, options: Mapping[str, str], engine: Engine) -> Live:
     """Build, check and warm up. Blocks for seconds. Raises UserError for a bundle that cannot be served, or that does
     not answer golden inputs as it did when it was made."""
@@ -70,20 +106,26 @@ def load_live(name: str, bundle: Bundle, origin: Origin, options: Mapping[str, s
 
 def _fold(handler: Handler) -> None:
     """In full precision, whatever requests are answered in."""
-    network, example = handler.networks["image"], handler.examples()["image"]
+    examples = handler.examples()
     for module in handler.modules:
-        fold(module, lambda: run_batch(network, [example]))
+        fold(module, lambda: _run(handler, examples))
 
 
 def _compile(handler: Handler, engine: Engine) -> None:
     """For a lone item, for batches and, where it is stated, for the largest of them."""
-    network, example = handler.networks["image"], handler.examples()["image"]
+    examples = handler.examples()
     sizes = sorted({1, 2, max(1, engine.hardware.max_batch)})
 
     def run(size: int) -> None:
-        engine.precisely(lambda: run_batch(network, [example] * size))
+        engine.precisely(lambda: _run(handler, examples, size))
 
     compile_modules(handler.modules, run, sizes, engine.threads)
+
+
+def _run(handler: Handler, examples: Mapping[str, Tensor], size: int = 1) -> None:
+    """Every network, on a batch."""
+    for name, network in handler.networks.items():
+        run_batch(network, [examples[name]] * size)
 
 
 def identity_of(name: str, bundle: Bundle, origin: Origin) -> dict[str, Any]:

@@ -38,9 +38,11 @@ class Metrics:
             "raymed_batch_images", "Images that went through a network at once", ["model"], buckets=_SIZES, **made
         )
         self._scores = Histogram(
-            "raymed_score", "Probability of the positive class of a case", ["model"], buckets=_SCORES, **made
+            "raymed_score", "Probability of the positive class of a case", ["model", "alias"], buckets=_SCORES, **made
         )
-        self._decisions = Counter("raymed_decisions", "Answers by what they decide", ["model", "decision"], **made)
+        self._decisions = Counter(
+            "raymed_decisions", "Answers by what they decide", ["model", "alias", "decision"], **made
+        )
         self._undecoded = Counter("raymed_decode_errors", "Files that no image came of", ["model", "status"], **made)
         self._requests = Counter("raymed_requests", "Requests", ["method", "route", "status"], **made)
         self._refused = Counter("raymed_refused_versions", "Versions that were not used", ["model", "alias"], **made)
@@ -63,13 +65,13 @@ class Metrics:
         if counter is not None:
             counter.labels(model, what.get("alias", "")).inc()
 
-    def answered(self, model: str, result: Any) -> None:
-        """An answer left."""
+    def answered(self, model: str, alias: str, result: Any) -> None:
+        """An answer left; alias: of the version that gave it, champion or challenger."""
         if result.decision is not None:
-            self._decisions.labels(model, result.decision).inc()
+            self._decisions.labels(model, alias, result.decision).inc()
         probability = getattr(result, "probability", None)
         if probability is not None:
-            self._scores.labels(model).observe(probability)
+            self._scores.labels(model, alias).observe(probability)
 
     def undecoded(self, model: str, status: int) -> None:
         """A file was refused."""
@@ -90,7 +92,7 @@ class Metrics:
 
 
 class _State(Collector):
-    """Read off the server when it is asked for, so that it cannot be out of date."""
+    """Read off the server when it is asked for, in whatever thread, so that it cannot be out of date."""
 
     def __init__(self, models: Models, engine: Engine):
         self.models, self.engine = models, engine
@@ -102,11 +104,11 @@ class _State(Collector):
         labels = ["model", "alias", "version", "bundle"]
         loaded = GaugeMetricFamily("raymed_model_info", "Versions in use", labels=labels)
         refused = GaugeMetricFamily("raymed_refused", "1 where a version is not used", labels=["model", "alias"])
-        for name, served in self.models.served.items():
+        for name, served in self.models.served.items():  # which stays as it is; versions do not
             waiting.add_metric([name], self.engine.waiting.get(name, 0))
             ready.add_metric([name], float("champion" in served.versions and self.engine.computes))
-            for alias, live in served.versions.items():
+            for alias, live in list(served.versions.items()):
                 loaded.add_metric([name, alias, live.origin.version, live.origin.digest[:12]], 1)
-            for alias in served.refused:
+            for alias in list(served.refused):
                 refused.add_metric([name, alias], 1)
         yield from (waiting, ready, loaded, refused)

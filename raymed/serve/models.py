@@ -82,6 +82,10 @@ class Served:
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     """Set where somebody says that an alias has moved."""
 
+    def alias_of(self, live: Live) -> str:
+        """The alias of a version in use, champion where it bears both; "" of one that has been exchanged."""
+        return next((alias for alias in (CHAMPION, CHALLENGER) if self.versions.get(alias) is live), "")
+
 
 class Models:
     """All of them. told(event, model, **what): of every change, for the log and the metrics."""

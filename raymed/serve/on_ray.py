@@ -4,6 +4,7 @@
     serve deploy cluster/serve.yaml
 
 Each replica holds every model, so that a request crosses one process only. Tokens' rates count in each replica alone.
+Its figures are told to Ray (`raymed.serve.on_ray_metrics`): Prometheus asks Ray, never the proxy.
 
 What Serve's proxy cannot answer, since a replica has died with the request, it leaves without a word (500). With
 RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=raymed.serve.on_ray:around_proxy in the environment of `ray start`, on every
@@ -23,6 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from raymed.config import UserError, check_range, from_dict
 from raymed.serve.app import create_app
 from raymed.serve.config import ServeConfig
+from raymed.serve.on_ray_metrics import Mirror
 from raymed.serve.problems import busy, response_of
 from raymed.serve.sources import registered
 
@@ -86,7 +88,7 @@ def build(args: Mapping[str, Any]) -> "Application":
         graceful_shutdown_timeout_s=config.limits.timeout_s + _DRAIN_S,
         logging_config={"enable_access_log": False},
     )
-    @serve.ingress(lambda: create_app(_in_replica(config)))
+    @serve.ingress(lambda: _app(config))
     class Models:
         """A replica."""
 
@@ -110,6 +112,15 @@ def _checked(config: ServeConfig) -> ServeConfig:
     if config.access.cert or config.access.client_ca:
         raise UserError("access.cert: on Ray Serve TLS is the proxy's: http_options of Serve's config, ssl_certfile")
     return config
+
+
+def _app(config: ServeConfig) -> FastAPI:
+    """Of this replica."""
+    import ray
+
+    app = create_app(_in_replica(config))
+    Mirror(app.state.service.metrics.registry, ray.get_runtime_context().get_actor_id() or "").start()
+    return app
 
 
 def _in_replica(config: ServeConfig) -> ServeConfig:

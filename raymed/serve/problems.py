@@ -73,6 +73,15 @@ class Problem(Exception):
         return body.model_dump(exclude_none=True)
 
 
+class OutOfMemory(Problem):
+    """503 of a device that is full."""
+
+    def __init__(self, what: str = "this", *, field: str | None = None):
+        super().__init__(
+            503, f"the device has no memory left for {what}; other requests go on", field=field, retry_after=5
+        )
+
+
 def busy(detail: str, retry_after: float = 1.0) -> Problem:
     """503: come later."""
     return Problem(503, detail, retry_after=retry_after)

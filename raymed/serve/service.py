@@ -6,7 +6,7 @@ files -> uploads (threads) -> items (threads) -> networks (one thread a device) 
 import asyncio
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ from raymed.serve.handlers import Decision, Fields, Handler, Prepared, Result, U
 from raymed.serve.jobs import Jobs
 from raymed.serve.keep import Keeper
 from raymed.serve.kept import kept_of
-from raymed.serve.live import Live
+from raymed.serve.live import Asking, Live
 from raymed.serve.metrics import Metrics
 from raymed.serve.models import Models, Served
 from raymed.serve.problems import Problem, busy, problem_of
@@ -162,13 +162,14 @@ class Service:
             patient = await self._in_decoder(patient_of, [file for file in files if isinstance(file, File)])
         async with self.models.using(name, patient) as live:
             limit, started = self.config.limits.timeout_s, time.perf_counter()
+            alias, asking = self.models.served[name].alias_of(live), Asking(live)
             log.note(model=name, version=live.origin.version)
             try:
                 async with asyncio.timeout(limit):
-                    images, result = await self._answer(live, files, fields)
+                    images, result = await self._answer(asking, files, fields)
             except TimeoutError:
-                raise busy(f"no answer within {limit:g} s", retry_after=2) from None
-        self.metrics.answered(name, result)
+                raise _late(limit, asking, fields) from None
+        self.metrics.answered(name, alias, result)
         self.metrics.observe("total", name, time.perf_counter() - started, len(images))
         rest = result.model_dump(exclude={"decision", "reasons"})
         answer = Answer(**live.identity, decision=result.decision, reasons=result.reasons, result=rest)
@@ -187,15 +188,16 @@ class Service:
             log.write(event="not kept", id=log.request_id(), error=error.strerror or type(error).__name__)
 
     async def _answer(
-        self, live: Live, files: Sequence[Given], fields: dict[str, Any]
+        self, asking: Asking, files: Sequence[Given], fields: dict[str, Any]
     ) -> tuple[list[Prepared], Result]:
+        live = asking.live
         asked = checked_fields(live.handler, fields)
         if not files and live.handler.needs_image:
             raise Problem(422, f"{live.name} needs an image", field="files")
         with span("prepare", model=live.name):
             images = await self.prepared(live, files, asked)
         with span("answer", model=live.name):
-            return images, await live.handler.answer(images, asked, live)
+            return images, await live.handler.answer(images, asked, asking)
 
     async def prepared(self, live: Live, files: Sequence[Given], fields: Fields) -> list[Prepared]:
         """Files decoded and made ready for the network, in threads."""
@@ -227,6 +229,15 @@ class Service:
 
     async def _in_decoder(self, work: Callable[..., T], *arguments: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._decoders, work, *arguments)
+
+
+def _late(limit: float, asking: Asking, fields: Mapping[str, Any]) -> Problem:
+    """503, unless it is the explanation that was late, and it waited for others during less than half of the time: it
+    would be late however often it is asked for."""
+    if not fields.get("explain") or not asking.works_alone or asking.waited_s >= limit / 2:
+        return busy(f"no answer within {limit:g} s", retry_after=2)
+    ways = "fewer images (the field frames), another method, or a server that is given longer (--limits.timeout-s)"
+    return Problem(422, f"explain: no map within {limit:g} s: {ways} is expected", field="explain")
 
 
 def checked_fields(handler: Handler, fields: dict[str, Any]) -> Any:

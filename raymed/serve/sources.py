@@ -23,6 +23,7 @@ from raymed.storage import local_folder_copy, storage_folder
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
+    from mlflow.entities.model_registry import ModelVersion
 
 _REGISTERED = re.compile(r"models:/(?P<name>[^/@]+)(?:@(?P<alias>[^/@]+)|/(?P<number>\d+))?")
 _PATIENCE = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
@@ -67,6 +68,7 @@ class Registry:
             raise UserError(f"a registered model is named {names}, got {where}")
         self.where, self.name, self.tracking, self.storage = where, parts["name"], tracking, storage
         self.alias, self.number = parts["alias"], parts["number"]
+        self._told = False
 
     def newest(self, alias: str) -> Origin | None:
         """What bears the alias. The champion of the server is the alias (or the version) that it was told to serve."""
@@ -74,7 +76,7 @@ class Registry:
         if self.number:
             version = version_of(client, self.name, int(self.number)) if alias == CHAMPION else None
         elif alias == CHAMPION and not self.alias:
-            version = alias_of(client, self.name, CHAMPION) or alias_of(client, self.name, CANDIDATE)
+            version = alias_of(client, self.name, CHAMPION) or self._candidate(client)
         else:
             version = alias_of(client, self.name, self.alias if alias == CHAMPION else alias)
         if version is None:
@@ -82,6 +84,14 @@ class Registry:
         number, tags = str(version.version), version.tags
         where, digest, use = f"models:/{self.name}/{number}", tags.get(IDENTITY, ""), tags.get(INTENDED_USE, "")
         return Origin(where, number, digest, use, research_only=not is_released(version))
+
+    def _candidate(self, client: "MlflowClient") -> "ModelVersion | None":
+        """Answers where nobody is champion, which whoever starts the server is told."""
+        version = alias_of(client, self.name, CANDIDATE)
+        if version is not None and not self._told:
+            print(f"{self.name}: no champion yet, the newest candidate answers, version {version.version}", flush=True)
+            self._told = True
+        return version
 
     def fetch(self, origin: Origin) -> Bundle:
         """Copy it from MLflow's artifacts and read it, every hash checked, and that it is what was registered."""

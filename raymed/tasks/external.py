@@ -1,13 +1,16 @@
-"""Labelled images on which a trained classifier is evaluated, and nothing is trained."""
+"""Images on which a trained model is evaluated, with labels or for a CLIP with captions; nothing is trained."""
 
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
+
+import numpy as np
 
 from raymed.bundle import Bundle
 from raymed.config import UserError, from_dict
+from raymed.data.captions import CaptionConfig, CaptionSet, load_captions
 from raymed.data.dataset import DataSet, load_external
 from raymed.data.locations import as_location, ending
 from raymed.data.manifest import DataConfig, check_there, read_table, required_column
@@ -39,6 +42,23 @@ class LabelledData(recipe.Recipe):
         """Digital HSG X-rays of patients other than those that a classifier is trained on."""
         manifest = write_hsg(folder / "hsg-64-external", num_patients=120, seed=1, size=64)
         return manifest, {"data.deidentified": True}
+
+
+def load_pairs(config: CaptionConfig, cache_dir: Path) -> CaptionSet:
+    """Images with captions, every usable one in the split test. A column with splits is not looked at. Raises UserError
+    as `load_captions`."""
+    config = replace(config, label="", split="", split_how="random", split_file=None)
+    data = cast(CaptionSet, load_captions(config, cache_dir))
+    return replace(data, splits={"test": np.arange(len(data))})
+
+
+@dataclass(frozen=True)
+class CaptionedPairs(recipe.Recipe):
+    """Images with captions, and nothing to train."""
+
+    read: ClassVar[Callable[[Any, Path], DataSet]] = staticmethod(load_pairs)
+
+    data: CaptionConfig = CaptionConfig()
 
 
 def data_of(bundle: Bundle, data: DataConfig) -> DataConfig:

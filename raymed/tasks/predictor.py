@@ -10,7 +10,7 @@ and the distances of `raymed.metrics.ood`.
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ from raymed.tasks.images import to_unit, unit_image
 FILE_KINDS = ("PNG", "JPEG", "TIFF", "DICOM", "NIfTI")
 _PREFIX = "ood."  # of the distances' tensors among a bundle's extras
 _BATCH = 128
+Verdict = Literal["positive", "negative", "abstain"]
 
 
 @dataclass(frozen=True)
@@ -163,6 +164,22 @@ class Predictor:
             num_foreign=sum(map(bool, foreign)) if foreign else None,
             images=tuple(images),
         )
+
+    def answer(self, case: CasePrediction) -> tuple[Verdict, list[str]]:
+        """What people are told of a case, and why: abstain where it is foreign or in the uncertain band, otherwise the
+        side of the threshold."""
+        reasons = []
+        if case.num_foreign:
+            num = len(case.images)
+            which = "the image is" if num == 1 else f"{case.num_foreign} of {num} images are"
+            reasons.append(f"{which} not like those that the model was trained on")
+        if case.uncertain:
+            reasons.append("the probability is in the band in which the model's decisions are not to be trusted")
+        if reasons:
+            return "abstain", reasons
+        if case.decision == self.bundle.classes["positive"]:
+            return "positive", ["the probability is at or above the threshold"]
+        return "negative", ["the probability is below the threshold"]
 
     def told(self, raw: np.ndarray, logits: np.ndarray | None = None) -> np.ndarray:
         """Raw probabilities (N,) as they are told: calibrated (from the logits, where those are at hand). Where a

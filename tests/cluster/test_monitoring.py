@@ -85,7 +85,7 @@ def test_the_board_is_whole():
 def test_the_folder_is_of_this_cluster(cluster, tmp_path, monkeypatch):
     monkeypatch.setenv(TOKEN, "of the server")
     folder = tmp_path / "monitoring"
-    commands = write(Monitoring(folder, prometheus_port=7090), cluster)
+    commands = write(Monitoring(folder, "http://127.0.0.1:7000", prometheus_port=7090), cluster)
     ray, serve = yaml.safe_load((folder / "prometheus.yml").read_text())["scrape_configs"]
     [discovery] = ray["http_sd_configs"]
     assert discovery["url"] == "http://127.0.0.1:7265/api/prometheus/sd"
@@ -99,8 +99,20 @@ def test_the_folder_is_of_this_cluster(cluster, tmp_path, monkeypatch):
     assert "--web.listen-address=127.0.0.1:7090" in commands[0] and "GF_SERVER_HTTP_ADDR=127.0.0.1" in commands[1]
 
     monkeypatch.delenv(TOKEN)
-    write(Monitoring(folder), cluster)
+    write(Monitoring(folder, "https://models.example"), cluster)
     assert (folder / "serve.token").read_text() == "of the server"
+
+
+def test_models_on_ray_serve_are_asked_of_ray_alone(cluster, tmp_path):
+    """Its proxy is no target: any replica would answer, and one would be started to do so."""
+    write(Monitoring(tmp_path / "monitoring"), cluster)
+    text = (tmp_path / "monitoring" / "prometheus.yml").read_text()
+    [ray] = yaml.safe_load(text)["scrape_configs"]
+    assert ray["job_name"] == "ray" and "7000" not in text
+    [renamed] = [each for each in ray["metric_relabel_configs"] if each.get("target_label") == "__name__"]
+    told = re.fullmatch(renamed["regex"], "ray_raymed_serve_stage_seconds_bucket")
+    assert told and renamed["replacement"].replace("$1", told[1]) == "raymed_stage_seconds_bucket"
+    assert not re.fullmatch(renamed["regex"], "ray_raymed_runs"), "of trainings"
 
 
 def test_what_cannot_be_is_refused(cluster, tmp_path, monkeypatch):
@@ -111,6 +123,8 @@ def test_what_cannot_be_is_refused(cluster, tmp_path, monkeypatch):
         write(Monitoring(tmp_path / "new"), Cluster("aws"))
     with pytest.raises(UserError, match="prometheus_port must be"):
         Monitoring(tmp_path, prometheus_port=0)
+    with pytest.raises(UserError, match="server: an address such as"):
+        Monitoring(tmp_path, "127.0.0.1:8000")
     monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "none"))
     words = [sys.executable, "-m", "raymed.cluster.monitoring", str(tmp_path / "new")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
@@ -119,7 +133,7 @@ def test_what_cannot_be_is_refused(cluster, tmp_path, monkeypatch):
 
 def test_prometheus_takes_its_file(cluster, tmp_path):
     promtool = program("promtool")
-    write(Monitoring(tmp_path / "monitoring"), cluster)
+    write(Monitoring(tmp_path / "monitoring", "http://127.0.0.1:7000"), cluster)
     words = [promtool, "check", "config", str(tmp_path / "monitoring" / "prometheus.yml")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and "is valid" in done.stdout, done.stdout + done.stderr
@@ -127,7 +141,6 @@ def test_prometheus_takes_its_file(cluster, tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_every_query_of_the_board_finds_data(tmp_path, monkeypatch):
     """A sweep, on a cluster that grows for it, and a server that is asked, with tokens, as Prometheus sees them."""
     program("prometheus")
@@ -139,8 +152,8 @@ def test_every_query_of_the_board_finds_data(tmp_path, monkeypatch):
             serve = f"http://127.0.0.1:{ports.choose('', 0, [])}"
             started += [_server(tmp_path, serve), _sweep(tmp_path, cluster)]
             environment = {"RAY_AUTH_TOKEN_PATH": cluster.environment["RAY_AUTH_TOKEN_PATH"]}
-            state.save(Cluster("local", {"dashboard": cluster.dashboard_url, "serve": serve}, environment))
-            prometheus, url = _prometheus(tmp_path)
+            state.save(Cluster("local", {"dashboard": cluster.dashboard_url}, environment))
+            prometheus, url = _prometheus(tmp_path, serve)
             started.append(prometheus)
             missing = {query: title for title, query in queries() if not GPUS.search(query)}
             sweep, lasts = started[1], True
@@ -182,10 +195,11 @@ def _sweep(folder: Path, cluster: Autoscaled) -> state.Process:
     return processes.start("sweep", words, cluster.environment, folder / "sweep.log", REPO)
 
 
-def _prometheus(folder: Path) -> tuple[state.Process, str]:
+def _prometheus(folder: Path, serve: str) -> tuple[state.Process, str]:
     """Started by the command that is told, but asking more often; and its address."""
     port = ports.choose("", 0, [])
-    words = [sys.executable, "-m", "raymed.cluster.monitoring", "monitoring", f"--prometheus-port={port}"]
+    words = [sys.executable, "-m", "raymed.cluster.monitoring", "monitoring", "--server", serve]
+    words += [f"--prometheus-port={port}"]
     said = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=120, check=True).stdout
     path = folder / "monitoring" / "prometheus.yml"
     path.write_text(path.read_text().replace("15s", "2s").replace("scrape_timeout: 10s", "scrape_timeout: 2s"))

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import psutil
@@ -21,6 +22,7 @@ from raymed.config import UserError, from_dict
 from raymed.serve.access.tokens import add_token
 from raymed.serve.app import create_app
 from raymed.serve.config import Access, Hardware, ServeConfig
+from raymed.serve.engine import Engine
 from raymed.serve.on_ray import ComeAgain, build
 
 REPO = Path(__file__).resolve().parents[2]
@@ -61,6 +63,23 @@ def test_what_is_asked_for_reaches_serve():
     assert options["num_cpus"] == 2 and options["num_gpus"] == 0.25
     assert deployment.max_ongoing_requests == deployment.max_queued_requests == 7
     assert deployment.backpressure_config.status_code == 503 and deployment.backpressure_config.retry_after_s > 0
+
+
+def test_a_replica_whose_device_has_failed_is_found_by_its_check():
+    """Serve asks and awaits `check_health` by its name."""
+    engine = Engine(Hardware(device="cpu", threads=1), 1)
+    deployed = build({"models": ["hsg=/some/folder"], "limits": {"timeout_s": 0.2}})._bound_deployment.func_or_class
+    replica = SimpleNamespace(app=SimpleNamespace(state=SimpleNamespace(service=SimpleNamespace(engine=engine))))
+    asyncio.run(deployed.check_health(replica))
+    engine.device = "cuda:99"
+    with pytest.raises(Exception, match="(?i)cuda"):
+        asyncio.run(deployed.check_health(replica))
+    engine.device, go = "cpu", threading.Event()
+    engine._thread.submit(go.wait, 10)
+    with pytest.raises(TimeoutError):
+        asyncio.run(deployed.check_health(replica))
+    go.set()
+    engine.close()
 
 
 @pytest.mark.parametrize(

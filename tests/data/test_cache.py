@@ -4,6 +4,7 @@ import itertools
 import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -127,6 +128,22 @@ def test_a_share_that_goes_away_leaves_no_cache(files, tmp_path, monkeypatch):
     assert not list((tmp_path / "cache").glob("*.json"))
     away.rename(share)
     assert decode(sources, Preprocess(), tmp_path / "cache").problems == {}
+
+
+def test_a_file_without_permission_stands_in_no_cache(files, tmp_path, monkeypatch):
+    opened = Path.open
+
+    def forbid(path, *rest):
+        if path == files[7].path:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbid)
+        with pytest.raises(UserError, match="7.png may not be read by this user"):
+            decode(files, Preprocess(), tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+    assert decode(files, Preprocess(), tmp_path / "cache").problems == {}
 
 
 def test_several_at_once(files, tmp_path):

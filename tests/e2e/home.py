@@ -53,7 +53,7 @@ class Home:
         """Run a job to its end and return its output."""
         process = self.start(job, *arguments, **env)
         try:
-            output, _ = process.communicate(timeout=240)
+            output, _ = process.communicate(timeout=600)
         finally:
             process.kill()
         assert process.returncode == expect, output

@@ -13,7 +13,7 @@ from home import TINY, wait_for
 
 from raymed.storage import working_copy
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_TRIALS = 9
 SWEEP = (*TINY, *f"--sweep.num-trials {NUM_TRIALS} --sweep.generation 3 --seeds 1 --finals.finalists 1".split())
 SWEEP += ("--finals.seeds", "11", "--register.no-register", "--name=sweep")

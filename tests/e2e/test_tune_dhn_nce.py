@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from home import Home, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 NUM_TRIALS = 3
 SMALL = "--stage.steps=8 --stage.batch-size=16 --stage.evaluations=4 --sweep.grace=1".split()
 SMALL += ["--losses.dhn-nce.temperature=0.2", "--compared", "info_nce", "dhn_nce"]

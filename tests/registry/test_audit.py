@@ -12,7 +12,7 @@ import pytest
 from raymed.config import UserError
 from raymed.registry.audit import Anchor, Audit
 from raymed.registry.card import write_card
-from raymed.registry.gates import Gate
+from raymed.registry.gates import Examination, Gate
 from raymed.registry.promote import anchors, challenge, promote, promotions, refuse, roll_back, withdraw
 from raymed.registry.register import add
 from raymed.registry.store import version_of
@@ -159,16 +159,14 @@ def versions(bundle, client, tmp_path):
 
 
 def test_every_decision_about_a_model_stands_there_and_in_mlflow(client, versions, audit):
-    passed = [
-        Gate("golden inputs", True, "fine"),
-        Gate("AUROC", False, "worse", {"mean": -0.1, "ci_low": float("nan")}),
-    ]
+    worse = Gate("AUROC", False, "worse", {"mean": -0.1, "ci_low": float("nan")})
+    examined = Examination((Gate("golden inputs", True, "fine"), worse), champion=1)
     promote(client, versions[0], "triage", by="the board", audit=audit)
     challenge(client, versions[1], "triage", audit=audit)
     withdraw(client, "m", why="slow", audit=audit)
     with pytest.raises(UserError, match="does not become champion:\n.*\n.*AUROC: not passed .worse.\nTake the"):
-        refuse(client, versions[1], passed, by="the board", why="not stated", audit=audit)
-    promote(client, versions[1], "triage", why="we know better", gates=passed, audit=audit)
+        refuse(client, versions[1], examined, by="the board", why="not stated", audit=audit)
+    promote(client, versions[1], "triage", why="we know better", examined=examined, audit=audit)
     roll_back(client, "m", why="worse indeed", audit=audit)
     entries = audit.entries("m")
     moves = [(e["action"], e["from_version"], e["to_version"], e["by"], e["why"]) for e in entries]
@@ -236,15 +234,18 @@ def test_others_are_counted_on_the_command_line(client, versions, audit, command
 
 def test_of_one_storage_one_decides_from_looking_to_moving(client, versions, audit, monkeypatch):
     monkeypatch.setattr("raymed.registry.audit._PATIENCE_S", 0)
-    refused = []
+    refused, let_in = [], []
 
     class Meanwhile:
         """A client at whose every call somebody else wants to decide."""
 
         def __getattr__(self, name):
-            with pytest.raises(UserError, match="is in use by process"):
+            try:
                 Audit(audit.storage).add(action="promote", model="m")
-            refused.append(name)
+                let_in.append(name)
+            except UserError as error:
+                assert "is in use by process" in str(error)
+                refused.append(name)
             return getattr(client, name)
 
     promote(Meanwhile(), versions[0], "triage", audit=audit)
@@ -252,9 +253,11 @@ def test_of_one_storage_one_decides_from_looking_to_moving(client, versions, aud
     withdraw(Meanwhile(), "m", audit=audit)
     promote(Meanwhile(), versions[1], "triage", audit=audit)
     roll_back(Meanwhile(), "m", audit=audit)
-    assert refused.count("get_registered_model") > 5
+    assert refused.count("get_registered_model") > 5 and refused.count("log_model_artifacts") == 2
+    fetching = ["get_registered_model", "search_model_versions", "get_model_version_download_uri", "tracking_uri"]
+    assert let_in == 3 * fetching, "nobody waits while weights come, of versions that nobody has said the use of"
     Audit(audit.storage).add(action="promote", model="m")
-    assert audit.verify() == 6
+    assert audit.verify() == 6 + len(let_in)
 
 
 def test_nothing_is_done_that_cannot_be_put_on_record(client, versions, audit, monkeypatch):

@@ -77,7 +77,6 @@ def index(embedder, tmp_path) -> Path:
     return write_images_index(embedder, tmp_path)
 
 
-@pytest.mark.timeout(300)
 def test_a_checkpoint_of_biomedclip_s_shape_in_a_fresh_process(place, client, tmp_path):
     """Read from its folder, bundled, registered; the folder is gone when it is loaded, and so is the network."""
     checkpoint = write_tiny_biomedclip(tmp_path / "checkpoint")

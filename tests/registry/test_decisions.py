@@ -9,11 +9,12 @@ from raymed.config import UserError
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.decisions import RELEASED, put_on_record
-from raymed.registry.gates import Gate
+from raymed.registry.gates import Examination, Gate
 from raymed.registry.promote import (
     INTENDED_USE,
     anchors,
     challenge,
+    nominate,
     promote,
     promotions,
     refuse,
@@ -92,6 +93,7 @@ def state(client):
 
 
 def reset(client, **aliases):
+    client.set_registered_model_alias("m", "candidate", "2")
     for alias in ("champion", "rollback", "challenger"):
         client.delete_registered_model_alias("m", alias)
     for alias, number in aliases.items():
@@ -112,6 +114,10 @@ def challenged(client, versions, audit):
     challenge(client, versions[1], "triage", audit=audit)
 
 
+def nominated(client, versions, audit):
+    nominate(client, versions[0], audit=audit)
+
+
 def withdrawn(client, versions, audit):
     withdraw(client, "m", audit=audit)
 
@@ -129,6 +135,7 @@ def released(client, versions, audit):
         (rolled_back, {"champion": "1", "rollback": "2"}),
         (challenged, {"champion": "1"}),
         (withdrawn, {"champion": "1", "challenger": "2"}),
+        (nominated, {}),
     ],
 )
 @pytest.mark.parametrize("how", ["before", "after", "for good"])
@@ -150,7 +157,7 @@ def test_the_log_says_what_is_true_wherever_mlflow_breaks(client, versions, audi
         outcomes.add(outcome_of(lines, before, now))
     assert not broken.failed and len(lines) == 1, "the last time nothing broke"
     assert outcomes >= {"nothing", "not known" if how == "for good" else "not done"}
-    assert "done in part" in outcomes or how == "for good" or (decide is withdrawn and how == "before")
+    assert "done in part" in outcomes or how == "for good" or (decide in (withdrawn, nominated) and how == "before")
     assert audit.verify(anchors(client)) == len(audit.entries())
 
 
@@ -193,11 +200,13 @@ def cut(audit, lines):
 
 
 def refused(client, versions, audit):
+    champion = client.get_registered_model("m").aliases.get("champion")
+    examined = Examination((Gate("AUROC", False, "worse"),), champion and int(champion))
     with pytest.raises(UserError, match="does not become champion"):
-        refuse(client, versions[1], [Gate("AUROC", False, "worse")], by="the board", why="not stated", audit=audit)
+        refuse(client, versions[1], examined, by="the board", why="not stated", audit=audit)
 
 
-@pytest.mark.parametrize("decide", [promoted, rolled_back, challenged, withdrawn, refused, released])
+@pytest.mark.parametrize("decide", [promoted, rolled_back, challenged, nominated, withdrawn, refused, released])
 def test_an_end_that_was_cut_is_found(client, versions, audit, decide):
     for alias, number in {"champion": "1", "rollback": "2", "challenger": "2"}.items():
         client.set_registered_model_alias("m", alias, number)

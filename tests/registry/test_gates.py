@@ -12,7 +12,7 @@ from external_hospital import make_bundle, write_hospital
 from raymed.config import UserError
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
-from raymed.registry.gates import GateConfig, auroc_gate, calibration_gate, golden_gate, latency_gate, p95
+from raymed.registry.gates import GateConfig, calibration_gate, golden_gate, latency_gate, not_worse_gate, p95
 from raymed.registry.register import add
 from raymed.tasks.golden import with_golden
 from raymed.tasks.predictor import Predictor
@@ -33,7 +33,7 @@ def difference(mean, low, high):
     [(0.01, 0.02, True), (-0.019, 0.02, True), (-0.02, 0.02, False), (-0.021, 0.02, False), (None, 0.02, False)],
 )
 def test_not_worse_is_told_by_the_lower_end_of_the_interval(low, margin, passed):
-    gate = auroc_gate(difference(0.0, low, 0.1), margin)
+    gate = not_worse_gate("AUROC", difference(0.0, low, 0.1), margin)
     assert gate.passed is passed and gate.name == "AUROC"
     assert "too few" in gate.said if low is None else f"-{margin:g}" in gate.said
 
@@ -123,7 +123,8 @@ def test_only_what_is_not_worse_becomes_champion(registered, client, command, ho
     assert not_compared["passed"] is None
     gates = {gate["name"]: gate for gate in third["gates"]}
     assert gates["AUROC"]["figures"]["ci_high"] < 0 and gates["AUROC"]["passed"] is False
-    assert second["gates"][1]["figures"]["ci_low"] > 0
+    assert [gate["name"] for gate in second["gates"]] == ["golden inputs", "latency", "AUROC", "calibration"]
+    assert second["gates"][2]["figures"]["ci_low"] > 0 and not second["forced"]
     code, out, _ = promoted(command, hospital, "--force", "--why", "the other one is withdrawn", "--gate.slower", "50")
     last = Audit(place["storage"]).entries("m")[-1]
     assert code == 0 and last["forced"] and last["why"] == "the other one is withdrawn"
@@ -135,13 +136,36 @@ def test_a_patient_whom_one_was_trained_on_ends_the_comparison(registered, clien
     promoted(command, hospital, "--version", "1")
     seen = torch.from_numpy(hospital.data().content[[8]].view(np.int64))
     registered(replace(hospital.bundle, provenance=MADE | {"seed": 2}, extras={"trained_on": seen}))
-    code, _, error = promoted(command, hospital)
+    code, _, error = promoted(command, hospital, "--gate.slower", "50")
     assert code == 2 and "comparison: not passed" in error and "was trained" in error
     assert aliases(client)["champion"] == 1
     entry = Audit(place["storage"]).entries("m")[-1]
-    assert entry["action"] == "refuse" and [gate["passed"] for gate in entry["gates"]] == [True, False]
+    assert entry["action"] == "refuse" and [gate["passed"] for gate in entry["gates"]] == [True, True, False]
     code, out, _ = promoted(command, hospital, "--data.on-problem", "skip", "--gate.slower", "50")
     assert code == 0 and aliases(client)["champion"] == 2
+
+
+def test_without_images_the_latency_is_looked_at_and_another_champion_stays(registered, client, command, hospital):
+    promoted(command, hospital, "--version", "1")
+    registered(replace(hospital.bundle, provenance=MADE | {"seed": 2}))
+    plain = ["--model", "m", "--intended-use", "triage"]
+    code, _, error = command([*plain, "--gate.slower", "0.001"])
+    assert code == 2 and "latency: not passed" in error and "comparison: not looked at (not compared" in error
+    assert command([*plain, "--to", "challenger", "--gate.slower", "0.001"])[0] == 2
+    code, out, _ = command([*plain, "--to", "challenger", "--gate.slower", "50"])
+    assert code == 0 and "latency: passed" in out and "not compared" in out
+    assert aliases(client) == {"candidate": 2, "champion": 1, "challenger": 2}
+
+
+def test_a_champion_that_cannot_be_loaded_is_replaced_by_force_alone(registered, client, command, hospital):
+    promoted(command, hospital, "--version", "1")
+    registered(replace(hospital.bundle, provenance=MADE | {"seed": 2}))
+    place_of = client.get_model_version_download_uri("m", "1").removeprefix("file://")
+    Path(place_of, "artifacts", "bundle", "model.safetensors").unlink()
+    code, _, error = promoted(command, hospital)
+    assert code == 2 and "comparison: not passed (the champion cannot be used: " in error
+    assert promoted(command, hospital, "--force", "--why", "the champion is damaged")[0] == 0
+    assert aliases(client)["champion"] == 2
 
 
 def test_images_that_are_not_there_are_no_comparison(registered, client, command, hospital):

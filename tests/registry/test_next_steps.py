@@ -48,7 +48,9 @@ def test_a_stated_use_stands_in_the_command(told, client):
     client.create_model_version("m", "/elsewhere", tags={})
     client.set_registered_model_alias("m", "champion", "2")
     out = told(name="m", intended_use="triage of Ann's")
-    assert promoting(out) == ["--model", "m", "--version", "1", "--intended-use", "triage of Ann's"]
+    of_one = ["--model", "m", "--version", "1", "--intended-use", "triage of Ann's"]
+    assert promoting(out) == [*of_one, "--gate.manifest", "TEST.csv"]
+    assert "where it is no worse than version 2 on images that neither has seen:\n" in out
 
 
 def test_what_is_champion_at_once_is_only_served(told):

@@ -8,6 +8,7 @@ import pytest
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
+from raymed.registry import RegisterConfig, register
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.gates import Gate
@@ -30,12 +31,18 @@ def aliases(client):
     return client.get_registered_model("m").aliases
 
 
-def test_champion_and_back(registered, command):
+def test_champion_and_back(registered, command, place):
     code, out, _ = command(["--model", "m", "--version", "1", "--intended-use", "triage"])
     assert code == 0 and out.startswith("champion: m version 1 (was none)\n    golden inputs: passed")
     assert aliases(registered) == {"candidate": 2, "champion": 1}
-    code, out, _ = command(["--model", "m", "--intended-use", "triage of HSG", "--by", "the board", "--why", "better"])
+    second = ["--model", "m", "--intended-use", "triage of HSG", "--by", "the board", "--why", "better"]
+    code, out, error = command(second)
+    assert code == 2 and "m version 2 does not become champion" in error and '--force --why "..."' in error
+    assert "comparison: not looked at (not compared: no images were named (--gate.manifest))" in error
+    assert aliases(registered) == {"candidate": 2, "champion": 1}
+    code, out, _ = command([*second, "--force"])
     assert code == 0 and out.startswith("champion: m version 2 (was 1)\n") and "not compared" in out
+    assert Audit(place["storage"]).entries("m")[-1]["forced"]
     assert aliases(registered) == {"candidate": 2, "champion": 2, "rollback": 1}
     code, out, _ = command(["--model", "m", "--rollback", "--why", "worse"])
     assert (code, out) == (0, "champion: m version 1 (was 2)\n")
@@ -43,7 +50,15 @@ def test_champion_and_back(registered, command):
     code, _, error = command(["--model", "m", "--rollback"])
     assert code == 2 and "no version with the alias rollback" in error
     code, out, _ = command(["--model", "m", "--verify"])
-    assert code == 0 and out.startswith("3 recorded decisions, each as it was written")
+    assert code == 0 and out.startswith("4 recorded decisions, each as it was written")
+
+
+def test_the_champion_is_promoted_again_without_force(registered, command, place):
+    of_one = ["--model", "m", "--version", "1", "--intended-use"]
+    assert command([*of_one, "triage"])[0] == 0
+    code, out, _ = command([*of_one, "screening"])
+    assert code == 0 and "there is no other champion" in out
+    assert [entry["forced"] for entry in Audit(place["storage"]).entries("m")] == [False, False]
 
 
 def test_the_record_is_only_added_to(registered):
@@ -87,12 +102,12 @@ def test_promoting_the_champion_again_keeps_the_rollback(registered):
 
 def test_a_challenger_that_wins_is_no_challenger_any_more(registered, command):
     for flags in (["--version", "1"], ["--to", "challenger", "--version", "2"]):
-        assert command(["--model", "m", "--intended-use", "triage", *flags])[0] == 0
+        assert command(["--model", "m", "--intended-use", "triage", "--gate.slower", "50", *flags])[0] == 0
     assert aliases(registered) == {"candidate": 2, "champion": 1, "challenger": 2}
     code, out, _ = command(["--model", "m", "--withdraw", "--why", "slow"])
     assert (code, out) == (0, "challenger: none (was m version 2)\n")
-    command(["--model", "m", "--to", "challenger"])
-    command(["--model", "m"])
+    command(["--model", "m", "--to", "challenger", "--gate.slower", "50"])
+    command(["--model", "m", "--force", "--why", "no false alarm in a month"])
     assert aliases(registered) == {"candidate": 2, "champion": 2, "rollback": 1}
 
 
@@ -170,6 +185,25 @@ def test_a_version_is_released_for_its_use_and_restricted_again(registered, comm
     assert aliases(registered) == {"candidate": 2, "champion": 1}
 
 
+def test_a_version_that_cannot_be_fetched_is_restricted_all_the_same(registered, command):
+    released = ["--intended-use", "triage", "--release", "--by", "the board", "--why", "study 12"]
+    assert command(["--model", "m", "--version", "1", *released])[0] == 0
+    place_of = registered.get_model_version_download_uri("m", "1").removeprefix("file://")
+    Path(place_of, "artifacts", "bundle", "model.safetensors").unlink()
+    code, _, error = command(["--model", "m", "--version", "1", "--restrict"])
+    assert code == 2 and "model.safetensors is missing" in " ".join(error.split())
+    assert not is_released(version_of(registered, "m", 1)), "servers go by the version's tag"
+
+
+def test_a_use_that_changed_at_this_moment_is_decided_about_again(registered):
+    promote(registered, version_of(registered, "m", 1), "triage")
+    seen = version_of(registered, "m", 1)
+    promote(registered, version_of(registered, "m", 1), "screening")
+    with pytest.raises(UserError, match="another use of m version 1 at this moment: do it again"):
+        promote(registered, seen, "triage")
+    assert promote(registered, version_of(registered, "m", 1), "triage")["intended_use"] == "triage"
+
+
 def test_a_stated_use_need_not_be_said_twice(registered):
     promote(registered, version_of(registered, "m", 1), "triage")
     promote(registered, version_of(registered, "m", 2), "triage")
@@ -218,6 +252,39 @@ def test_a_bundle_is_registered_later(registered, command, bundle, tmp_path):
     code, out, _ = command(["--model", "m", "--to", "candidate", "--version", "2"])
     assert (code, out) == (0, "candidate: m version 2\n")
     assert aliases(registered) == {"candidate": 2}
+
+
+def test_who_answers_until_there_is_a_champion_is_on_record(registered, command, client, bundle, place, tmp_path):
+    def registered_later(number):
+        folder = replace(bundle, operating_point={"threshold": number / 10}).save(tmp_path / f"later{number}")
+        return register(folder, RegisterConfig(), "m", **place)
+
+    def told():
+        entries = Audit(place["storage"]).entries("m")
+        return [(e["action"], e["from_version"], e["to_version"], e["by"], e["why"]) for e in entries]
+
+    assert registered_later(3).version == registered_later(3).version == 3
+    back = ["--model", "m", "--to", "candidate", "--version", "1", "--by", "Kim", "--why", "better"]
+    assert [command(back)[0] for _ in range(2)] == [0, 0]
+    moves = [("nominate", 2, 3, "not stated", "registered"), ("nominate", 3, 1, "Kim", "better")]
+    assert told() == moves
+    promote(client, version_of(client, "m", 1), "triage")
+    registered_later(4)
+    assert aliases(client) == {"candidate": 4, "champion": 1} and told() == moves, "the champion answers"
+    code, out, _ = command(["--model", "m", "--verify"])
+    assert code == 0 and out.startswith("2 recorded decisions, each as it was written")
+
+
+def test_a_log_that_cannot_be_written_costs_the_alias_and_not_the_model(registered, bundle, place, tmp_path, capsys):
+    folder = replace(bundle, operating_point={"threshold": 0.9}).save(tmp_path / "later")
+    log = Audit(place["storage"]).path
+    log.mkdir(parents=True)
+    assert register(folder, RegisterConfig(), "m", **place) is None
+    assert f"--bundle '{folder}' --to candidate" in capsys.readouterr().out
+    assert aliases(registered) == {"candidate": 2}
+    log.rmdir()
+    assert register(folder, RegisterConfig(), "m", **place).version == 3
+    assert aliases(registered) == {"candidate": 3}
 
 
 @pytest.mark.parametrize("uri", ["models:/m", "m@champion", "runs:/1/model", "models:/m@champion", "models:/m/9"])

@@ -15,6 +15,8 @@ import raymed
 from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.registry import RegisterConfig, default_name, register
+from raymed.registry.audit import Audit
+from raymed.registry.card import write_card
 from raymed.registry.promote import promotions
 from raymed.registry.register import add, identity
 from raymed.registry.schema import input_example, requirements
@@ -125,6 +127,26 @@ def test_champion_waits_for_the_intended_use(bundle, folder, place, client):
     assert "triage of HSG by a radiologist" in (folder / "card.md").read_text()
     register(folder, config, "hsg-asl", **place)
     assert len(promotions(client, "hsg-asl")) == 1
+
+
+def test_a_champion_that_came_in_between_is_no_failure(bundle, folder, client, tmp_path):
+    class Meanwhile:
+        """A client of somebody before whom another one makes version 1 the champion."""
+
+        def __getattr__(self, name):
+            if name == "get_model_version_download_uri":
+                client.set_registered_model_alias("m", "champion", "1")
+            return getattr(client, name)
+
+    audit = Audit(tmp_path / "storage")
+    write_card(folder, "m")
+    first = add(client, folder, "m", audit=audit)
+    assert (first.is_champion, first.other_champion) == (False, None)
+    write_card(replace(bundle, intended_use="triage", operating_point={"threshold": 0.4}).save(folder), "m")
+    second = add(Meanwhile(), folder, "m", audit=audit)
+    assert (second.version, second.is_champion, second.other_champion) == (2, False, 1)
+    assert client.get_registered_model("m").aliases == {"candidate": 2, "champion": 1}
+    assert [entry["action"] for entry in audit.entries()] == ["nominate", "nominate"]
 
 
 def test_the_hash_is_of_what_is_learned(bundle, folder, tmp_path):

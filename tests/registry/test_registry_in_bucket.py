@@ -28,7 +28,6 @@ def storage(s3, monkeypatch):
     return resolve_storage(f"{s3.url}/storage")
 
 
-@pytest.mark.timeout(300)
 def test_a_run_and_its_model_in_a_bucket(bundle, s3, storage, tmp_path):
     bundle.save(storage / "final/bundle")
     (storage / "figure.svg").write_text("<svg/>")

@@ -67,7 +67,8 @@ def make_bundle(**point: str) -> Bundle:
 
 def origin_of(bundle: Bundle) -> Origin:
     """What its answers are signed with."""
-    return Origin("train-1/final", "", bundle_hash(bundle), "size=16")
+    use = bundle.intended_use
+    return Origin("train-1/final", "", bundle_hash(bundle), "size=16", "train-1/final", use, research_only=True)
 
 
 def write_images(folder: Path, num_cases: int) -> pd.DataFrame:

@@ -79,13 +79,17 @@ def test_rows_say_what_the_predictor_says(bundle, images, tmp_path):
             assert row["decision"] == ("occluded" if mean >= THRESHOLD else "개통")
             assert (float(row["score"]) >= float(row["threshold"])) == (mean >= THRESHOLD)
             assert float(row["score"]) == predictor.case(predictions).probability  # to the last bit
+            assert row["answer"] == predictor.answer(predictor.case(predictions))[0]
             assert row["uncertain"] == ("yes" if BAND[0] <= mean <= BAND[1] else "no")
             assert ("inside the uncertain band" in row["reasons"]) == (row["uncertain"] == "yes")
             foreign = [n for n, p in zip(names, predictions, strict=True) if p.ood["foreign"]]
             assert all(n in row["reasons"] for n in foreign) and ("unlike" in row["reasons"]) == bool(foreign)
+            assert (row["answer"] == "abstain") == (row["uncertain"] == "yes" or bool(foreign))
             decisions.add(row["decision"])
         assert row["num_images"] == str(len(names)) and row["patient"] == f"P-{int(case[2:]) // 2:03d}"
-        assert row["bundle"] == bundle_hash(bundle) and row["model"] == "train-1/final"
+        assert bool(names) == bool(row["answer"])
+        assert row["bundle"] == bundle_hash(bundle) and row["model"] == row["run_id"] == "train-1/final"
+        assert row["intended_use"] == bundle.intended_use and row["research_only"] == "yes"
     assert decisions == {"occluded", "개통"} and set(rows["uncertain"]) == {"yes", "no", ""}
 
 
@@ -134,6 +138,16 @@ def test_rows_whose_images_the_disk_has_lost_are_answered_again(bundle, images, 
     )  # the last image of the case before, and two more
     again = run(bundle, images, to)
     assert again.before == NUM - 2 and files_of(to) == whole
+
+
+def test_an_intended_use_of_several_lines_is_cut_off_nowhere(bundle, images, tmp_path):
+    """A row is a line, whatever somebody has stated."""
+    stated, to = replace(bundle, intended_use='triage,\n"of" HSG\n'), tmp_path / "found.csv"
+    run(stated, images, to)
+    whole = files_of(to)
+    assert set(read_rows(to)["intended_use"]) == {'triage, "of" HSG'} and whole[0].count(b"\n") == NUM + 1
+    to.write_bytes(whole[0][:-20])
+    assert run(stated, images, to).before == NUM - 1 and files_of(to) == whole
 
 
 def test_an_interrupted_run_keeps_what_it_has(bundle, images, tmp_path):
@@ -188,18 +202,18 @@ def test_a_file_with_other_content_than_before_is_answered_again(bundle, images,
     assert run(bundle, images, to).before == NUM
 
 
-def test_an_image_that_could_not_be_opened_is_asked_for_again(bundle, images, tmp_path):
+def test_an_image_that_could_not_be_opened_is_asked_for_again(bundle, images, tmp_path, monkeypatch):
     """Its file is the same: what was lacking is the permission."""
-    cases, to = cases_of(bundle, images), tmp_path / "found.csv"
+    cases, to, opened = cases_of(bundle, images), tmp_path / "found.csv", Path.open
 
-    class Forbidden:
-        path = cases[6].images[0].source.path
-
-        def read(self, window):
+    def forbid(path, *rest, **named):
+        if path == cases[6].images[0].source.path:
             raise PermissionError(13, "Permission denied")
+        return opened(path, *rest, **named)
 
-    closed = replace(cases[6], images=(replace(cases[6].images[0], source=Forbidden()), *cases[6].images[1:]))
-    predict(bundle, origin_of(bundle), [*cases[:6], closed, *cases[7:]], to)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", forbid)
+        predict(bundle, origin_of(bundle), cases, to)
     assert read_rows(to).set_index("case").loc["C-006", "num_images"] == "1"
     assert predict(bundle, origin_of(bundle), cases, to).before == NUM - 1
     assert read_rows(to).set_index("case").loc["C-006", "num_images"] == "2"
@@ -221,6 +235,12 @@ def test_answers_of_another_model_or_table_are_not_mixed(bundle, images, tmp_pat
         with pytest.raises(UserError, match="no table of predictions"):
             predict(bundle, origin_of(bundle), cases, tmp_path / "other.csv")
         assert (tmp_path / "other.csv").read_text() == content
+    later = ("answer", "run_id", "intended_use", "research_only")
+    read_rows(to).drop(columns=[*later]).to_csv(to, index=False, encoding="utf-8-sig")
+    before = files_of(to)
+    with pytest.raises(UserError, match="an earlier version, without answer, .*--to"):
+        predict(bundle, origin_of(bundle), cases, to)
+    assert files_of(to) == before
     with pytest.raises(UserError, match="on this machine"):
         predict(bundle, origin_of(bundle), cases, Path("s3://bucket/found.csv"))
 

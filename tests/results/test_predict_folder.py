@@ -106,8 +106,9 @@ def test_no_identifier_is_in_the_answers_nor_in_what_is_told(asked, answered, ho
     assert len(planted) > 50
     texts = [answered.path.read_text(), answered.image_path.read_text(), *asked[0].notes, asked[0].settings]
     texts += [file.name for file in answered.path.parent.iterdir()]
-    whole = "\n".join(texts)  # as words: a name like Bae is within many a pseudonym
-    assert [s for s in planted if s and re.search(rf"(?<![^\W_]){re.escape(s)}(?![^\W_])", whole, re.IGNORECASE)] == []
+    whole = "\n".join(texts).casefold()
+    words = set(re.findall(r"[^\W_]+", whole))  # a name as short as Bae is within many a pseudonym
+    assert [text for text in planted if text and text.casefold() in (words if len(text) < 6 else whole)] == []
 
 
 def test_cases_have_the_pseudonyms_and_pixels_of_the_import_with_its_key(hospital, tmp_path):

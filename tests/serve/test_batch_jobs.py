@@ -6,9 +6,10 @@ import socket
 import sqlite3
 from contextlib import closing
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from batch_example import JOBS, ask, case_bundle, config, ended, expected, held, root, same_numbers, started
+from batch_example import JOBS, ask, case_bundle, config, ended, expected, held, root, same_numbers, started, store_of
 from clip_bundles import clip_bundle
 from predict_example import write_images
 from waiting import until
@@ -17,6 +18,7 @@ from raymed.config import UserError
 from raymed.serve.access.tokens import add_token
 from raymed.serve.app import create_app
 from raymed.serve.config import Access, Limits
+from raymed.serve.jobs import KINDS, predict
 from raymed.serve.jobs.store import Store
 
 __all__ = ["case_bundle", "config", "expected", "held", "root"]
@@ -127,6 +129,46 @@ def test_what_cannot_be_asked(config, tmp_path):
         create_app(replace(config, batch_roots=("s3://bucket/x",)))
 
 
+def test_jobs_need_a_storage_that_servers_share(config, tmp_path, monkeypatch):
+    """A bucket's working copy is the machine's own."""
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "local"))
+    monkeypatch.setenv("RAYMED_HOME", "s3://bucket/raymed")
+    for storage in (None, "s3://bucket/raymed"):
+        with pytest.raises(UserError, match=r"batch_roots: .*s3://bucket/raymed/.*--storage DIR"):
+            create_app(replace(config, storage=storage))
+    create_app(replace(config, storage=None, batch_roots=()))
+    create_app(config)
+    assert not (tmp_path / "local").exists()
+
+
+def test_a_kind_that_is_not_known_here_is_left_to_those_who_know_it(config):
+    """A newer server that shares the storage."""
+    source = f"{config.batch_roots[0]}/set/manifest.csv"
+    other = store_of(config).add("", "segment", "hsg", source, 9).id
+    with started(config) as client:
+        kind = client.get("/openapi.json").json()["components"]["schemas"]["JobRequest"]["properties"]["kind"]
+        assert kind["enum"] == [*KINDS] and kind["default"] == "predict"
+        refused = ask(client, kind="segment")
+        assert refused.status_code == 422 and refused.json()["field"] == "kind"
+        assert ended(client, ask(client).json()["id"])["state"] == "succeeded"
+        assert client.get(f"{JOBS}/{other}").json()["state"] == "queued"
+
+
+def test_what_a_kind_does_is_found_by_its_name(config, monkeypatch):
+    def answers(live, asked, folder, limits, ask):
+        (folder / "counted.txt").write_text(str(len(asked.cases)))
+        yield len(asked.cases)
+
+    work = SimpleNamespace(check=predict.check, cases_of=predict.cases_of, answers=answers)
+    work.TABLES = {"cases": "counted.txt"}
+    monkeypatch.setitem(KINDS, "count", work)
+    with started(config) as client:
+        job = ended(client, ask(client, kind="count").json()["id"])
+        assert (job["kind"], job["state"], job["done"]) == ("count", "succeeded", 12)
+        assert client.get(f"{JOBS}/{job['id']}/result").text == "12"
+        assert client.get(f"{JOBS}/{job['id']}/result?table=images").status_code == 404
+
+
 def test_only_the_owner_sees_a_job(config, tmp_path):
     tokens = tmp_path / "tokens.json"
     mine, other = ({"Authorization": f"Bearer {add_token(tokens, name, 1)}"} for name in ("mine", "other"))
@@ -210,6 +252,21 @@ def test_requests_are_answered_while_a_job_runs(config, held, root):
         assert answer.status_code == 200
         go.set()
         assert ended(client, number)["state"] == "succeeded"
+
+
+def test_the_store_has_no_log_beside_it(tmp_path):
+    """Whose memory machines that mount the folder do not share; one of before is put back, when nobody has it open."""
+    path = tmp_path / "jobs.sqlite"
+    with closing(sqlite3.connect(path, isolation_level=None)) as before:
+        before.execute("PRAGMA journal_mode=WAL")
+        before.execute("CREATE TABLE other (x)")
+        before.execute("BEGIN")
+        before.execute("SELECT * FROM other")
+        assert Store(path, {"hsg": "x"}).add("me", "predict", "hsg", "/x", 1), "it works all the same"
+    store = Store(path, {"hsg": "x"})
+    assert store.all("me")[0].source == "/x" and sorted(p.name for p in tmp_path.iterdir()) == ["jobs.sqlite"]
+    with closing(sqlite3.connect(path)) as rows:
+        assert rows.execute("PRAGMA journal_mode").fetchone() == ("delete",)
 
 
 def test_the_store_is_for_its_owner_alone_and_shared_by_processes(tmp_path):

@@ -1,4 +1,5 @@
-"""Jobs whose images the device refuses: they can be cancelled, and do not try for ever."""
+"""Jobs whose images the device refuses: they can be cancelled, and do not try for ever. Those of a device that has
+failed are left to other servers."""
 
 import threading
 from contextlib import contextmanager
@@ -22,10 +23,32 @@ def full_device(client):
         tried.set()
         raise torch.OutOfMemoryError
 
+    with answered_by(client, network):
+        yield tried
+
+
+@contextmanager
+def failing_device(client):
+    """Let the device fail, for good, at the next image of the model."""
+    engine = client.app.state.service.engine
+    device = engine.device
+
+    def network(batch):
+        engine.device = "cuda:99"
+        raise ValueError
+
+    with answered_by(client, network):
+        yield
+    engine.device = device
+
+
+@contextmanager
+def answered_by(client, network):
+    """Let something else take the place of the model's network."""
     lanes = client.app.state.service.models.get("hsg").lanes
     lane = lanes["image"]
     lanes["image"] = replace(lane, network=network)
-    yield tried
+    yield
     lanes["image"] = lane
 
 
@@ -50,3 +73,20 @@ def test_a_job_whose_image_is_refused_for_long_fails_and_the_next_is_done(config
             done = ended(client, ask(client).json()["id"])
             assert done["state"] == "failed" and "no memory" in done["problem"]
         assert ended(client, ask(client).json()["id"])["state"] == "succeeded"
+
+
+def test_jobs_of_a_server_whose_device_has_failed_are_left_to_another(config, monkeypatch):
+    monkeypatch.setattr(runner, "_PATIENCE_S", 0.05)
+    monkeypatch.setattr(runner, "_LOOK_S", 0.05)
+    monkeypatch.setattr("raymed.serve.service._CHECK_S", 0.01)
+    with started(config) as client:
+        engine = client.app.state.service.engine
+        with failing_device(client):
+            asked = [ask(client).json()["id"] for _ in range(2)]
+            until(lambda: not engine.computes)
+            assert not client.jobs._next(), "it begins no other"
+            with started(config) as other:
+                done = [ended(other, number) for number in asked]
+            assert [(job["state"], job["done"]) for job in done] == [("succeeded", 12)] * 2
+            waits = ask(client).json()["id"]
+        assert ended(client, waits)["state"] == "succeeded", "the device computes again"

@@ -1,10 +1,12 @@
 """The challenger answers its share of the patients, whichever way a request names them."""
 
 import base64
+from collections import Counter
 
 import pytest
 from fastapi.testclient import TestClient
 from hostile import NAME, deflated, dicom
+from prometheus_client.parser import text_string_to_metric_families
 
 from raymed.serve.app import create_app
 from raymed.serve.canary import is_in_share, patient_of
@@ -83,3 +85,19 @@ def test_readiness_and_metrics_name_both(client):
     assert client.get("/readyz").json()["hsg"]["versions"] == {"champion": "1", "challenger": "2"}
     lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith("raymed_model_info{")]
     assert len(lines) == 2 and any('alias="challenger"' in line and 'version="2"' in line for line in lines)
+
+
+def test_what_either_decides_is_told_apart(client, png):
+    patients = [f"Kim-{number}" for number in range(8)]
+    answers = [client.post(PREDICT, content=png, headers={"X-Patient": patient}).json() for patient in patients]
+    aliases = ["challenger" if answer["version"] == "2" else "champion" for answer in answers]
+    assert set(aliases) == {"champion", "challenger"}
+    families = {each.name: each for each in text_string_to_metric_families(client.get("/metrics").text)}
+
+    def counted(family, name, *labels):
+        samples = [sample for sample in families[family].samples if sample.name == name]
+        return {tuple(sample.labels[label] for label in labels): sample.value for sample in samples}
+
+    decisions = Counter((alias, answer["decision"]) for alias, answer in zip(aliases, answers, strict=True))
+    assert counted("raymed_decisions", "raymed_decisions_total", "alias", "decision") == decisions
+    assert counted("raymed_score", "raymed_score_count", "alias") == Counter((alias,) for alias in aliases)

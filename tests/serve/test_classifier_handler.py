@@ -109,7 +109,8 @@ def test_it_abstains_near_the_threshold_and_on_foreign_images(raw, foreign, deci
     handler.bundle.operating_point["threshold"] = 0.5
     prediction = handler.predictor(images[:1])[0]
     ood = prediction.ood | {"foreign": foreign}
-    found, reasons = handler._decision(handler.predictor.case([replace(prediction, raw_probability=raw, ood=ood)]))
+    case = handler.predictor.case([replace(prediction, raw_probability=raw, ood=ood)])
+    found, reasons = handler.predictor.answer(case)
     assert found == decision and len(reasons) == 1 and reason in reasons[0]
 
 

@@ -14,7 +14,7 @@ from raymed.config import UserError
 from raymed.data.preprocess import Preprocess
 from raymed.data.readers import read
 from raymed.serve.dicom.geometry import to_source
-from raymed.serve.dicom.objects import map_of, objects, predecessor, to_bytes
+from raymed.serve.dicom.objects import heat_maps, map_of, objects, predecessor, to_bytes
 from raymed.serve.dicom.provenance import Case
 from raymed.serve.handlers import Upload
 from raymed.serve.service import Answer
@@ -59,13 +59,13 @@ def case_of(study, *, bundle="a" * 64, research_only=True, decision="positive", 
 
 def made(case, kinds=ALL, before=None):
     """The objects, written and read again."""
-    found = objects(case, kinds, Preprocess(size=SIZE), before)
+    found = objects(case, kinds, heat_maps(case, Preprocess(size=SIZE)), before)
     return [pydicom.dcmread(io.BytesIO(to_bytes(each))) for each in found]
 
 
 def read_report(case):
     """By highdicom's own parser."""
-    return highdicom.sr.srread(io.BytesIO(to_bytes(objects(case, ["report"], Preprocess(size=SIZE))[0])))
+    return highdicom.sr.srread(io.BytesIO(to_bytes(objects(case, ["report"], [])[0])))
 
 
 def of(modality, found):
@@ -197,7 +197,8 @@ def test_overlays_lie_on_their_images(sent):
 
 def test_segmentations_hold_what_is_high_in_the_map(sent):
     case = case_of(sent[0][:1])
-    found = highdicom.seg.segread(io.BytesIO(to_bytes(objects(case, ["segmentation"], Preprocess(size=SIZE))[0])))
+    regions = heat_maps(case, Preprocess(size=SIZE))
+    found = highdicom.seg.segread(io.BytesIO(to_bytes(objects(case, ["segmentation"], regions)[0])))
     assert (found.SegmentationType, found.number_of_segments) == ("FRACTIONAL", 1)
     values = found.get_pixels_by_source_instance([sent[0][0].SOPInstanceUID])[0, ..., 0]
     wanted = to_source(ramp(SIZE), Preprocess(size=SIZE), 64, 64)

@@ -1,11 +1,12 @@
 """STOW-RS: a study goes in, DICOM comes out."""
 
-import asyncio
 import io
 import json
+import time
 
 import pydicom
 import pytest
+import torch
 from dicom_helpers import content, flaws, texts
 from fastapi.testclient import TestClient
 from pydicom import Dataset
@@ -17,6 +18,7 @@ from raymed.serve.app import create_app
 from raymed.serve.dicom.multipart import DICOM, read_related, related_of_files, write_related
 from raymed.serve.dicom.overlay import overlay_size
 from raymed.serve.explain import Explainer
+from raymed.serve.problems import busy
 from raymed.serve.uploads.dicom import Counted
 
 ADDRESS = "/v1/models/hsg/studies"
@@ -86,16 +88,47 @@ def test_a_picture_is_as_large_as_is_reckoned(client, sent):
             assert 0 < footer < 150 * 3 * ds.Columns
 
 
-def test_a_case_that_is_not_explained_in_time_is_answered_without_maps(app_config, sent, monkeypatch):
-    async def forever(self, item, fields, ask):
-        if fields.explain is not None:
-            await asyncio.Event().wait()
+def test_a_case_that_is_not_explained_in_time_is_answered_without_maps_and_says_so(app_config, sent, monkeypatch):
+    def endless(self, method, image):
+        while True:
+            time.sleep(0.01)
+            yield
 
-    monkeypatch.setattr(Explainer, "__call__", forever)
-    with TestClient(create_app(app_config(**{"limits.timeout_s": 1.0}))) as client:
-        assert [ds.Modality for ds in results(post(client, sent[0]))] == ["SR"]
+    monkeypatch.setattr(Explainer, "_heat_map", endless)
+    with TestClient(create_app(app_config(**{"limits.timeout_s": 2.0}))) as client:
+        (report,) = results(post(client, sent[0]))
+        assert report.Modality == "SR" and "no heat maps" in texts(report)
         asked_for = post(client, sent[0], explain="occlusion")
-        assert asked_for.status_code == 503
+        assert (asked_for.status_code, asked_for.json()["field"]) == (422, "explain")
+
+
+def test_a_case_whose_maps_the_device_has_no_memory_for_is_answered_without(client, sent, monkeypatch):
+    def full(self, method, image):
+        raise torch.OutOfMemoryError
+        yield
+
+    monkeypatch.setattr(Explainer, "_heat_map", full)
+    (report,) = results(post(client, sent[0]))
+    assert report.Modality == "SR" and "no heat maps" in texts(report)
+    asked_for = post(client, sent[0], explain="occlusion")
+    assert (asked_for.status_code, asked_for.json()["field"]) == (503, "explain")
+    monkeypatch.undo()
+    assert "no heat maps" not in texts(results(post(client, sent[0]))[0])
+
+
+def test_a_server_that_is_busy_keeps_no_maps_from_a_report(client, sent, monkeypatch):
+    """Who comes again gets them."""
+    explain, refusals = Explainer.__call__, [busy("4 images wait for hsg already")]
+
+    async def refused_once(*arguments):
+        if refusals:
+            raise refusals.pop()
+        return await explain(*arguments)
+
+    monkeypatch.setattr(Explainer, "__call__", refused_once)
+    refused = post(client, sent[0])
+    assert refused.status_code == 503 and "Retry-After" in refused.headers
+    assert [ds.Modality for ds in results(post(client, sent[0]))] == ["SR"] + ["OT"] * len(sent[0])
 
 
 def test_who_asks_twice_gets_the_same_objects(client, sent):

@@ -5,6 +5,8 @@ import asyncio
 import base64
 import io
 import itertools
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +26,7 @@ from raymed.serve.app import create_app
 from raymed.serve.config import Hardware
 from raymed.serve.engine import Engine
 from raymed.serve.explain import Explainer, ExplainFields, blend, has_feature_maps
+from raymed.serve.footer import marked
 from raymed.serve.handlers import Upload
 from raymed.serve.live import Origin, load_live
 from raymed.serve.problems import Problem
@@ -107,11 +110,56 @@ def test_the_map_lies_on_what_the_network_looks_for(method, ask_for):
 def test_the_overlay_shows_the_image_and_colours_the_square(ask_for):
     explanation = told(ask_for(explain="gradcam"))
     overlay, image = picture(explanation["overlay"]).astype(int), picture(explanation["image"]).astype(int)
+    several = overlay.shape[1] // SIZE
+    overlay = overlay[: several * SIZE][::several, ::several]
     assert overlay.shape == (SIZE, SIZE, 3) and explanation["map"] is None and explanation["maximum"] == 1
     changed = np.abs(overlay - image[..., None]).sum(axis=2)
     assert changed[around(SQUARE, 8)].sum() > 0.99 * changed.sum()
     assert changed[12:20, 44:52].min() > 50
     assert explanation["shape"] == [SIZE, SIZE]
+
+
+def footer_of(overlay):
+    return overlay[SIZE * (overlay.shape[1] // SIZE) :]
+
+
+def test_an_overlay_for_research_only_says_so(ask_for):
+    """As it leaves the server, and until people release the version."""
+    response = ask_for(explain="gradcam")
+    answer, overlay = response.json(), picture(told(response)["overlay"])
+    plain = np.zeros((SIZE, SIZE, 3), np.uint8)
+
+    def footer(research_only):
+        return footer_of(marked(plain, answer["model"], answer["bundle"][:12], "gradcam", research_only))
+
+    assert answer["research_only"] and np.array_equal(footer_of(overlay), footer(True))
+    assert len(footer(True)) > len(footer(False)), "a line less"
+
+
+def test_an_overlay_of_a_released_version_is_not_marked(bright):
+    engine = Engine(Hardware(device="cpu", threads=1, max_batch=4), 8)
+    try:
+        live = load_live("bright", bright, Origin("", "3", "", research_only=False), {}, engine)
+        item = live.handler.prepare(Upload(drawn()))
+        fields = ExplainFields(explain="gradcam")
+        overlay = picture(asyncio.run(live.handler.explainer(item, fields, live)).overlay)
+    finally:
+        engine.close()
+    plain = np.zeros((SIZE, SIZE, 3), np.uint8)
+    assert np.array_equal(footer_of(overlay), footer_of(marked(plain, "bright", "3", "gradcam", False)))
+
+
+@pytest.mark.parametrize("width", [64, 383, 2000])
+def test_a_footer_can_be_read_at_every_width(width):
+    """Its first line, RESEARCH USE ONLY, is 9 pixels high at least, and a fiftieth of the width, beside a name of any
+    length, which is not cut off."""
+    for name in ("hsg", "m" * 64):
+        found = marked(np.zeros((32, width, 3), np.uint8), name, "0123456789ab", "occlusion", True)
+        several = found.shape[1] // width
+        rows = (found[32 * several :] > 128).any(axis=(1, 2))
+        ends = np.flatnonzero(np.diff(np.r_[False, rows, False].astype(int)))
+        assert several * width >= 384 and not (found[32 * several :, -3:] > 128).any()
+        assert ends[1] - ends[0] >= max(9, found.shape[1] // 50)
 
 
 def test_maps_are_those_of_the_library(predictor, ask_for):
@@ -264,7 +312,7 @@ def test_a_device_without_memory_is_busy(live, monkeypatch):
     monkeypatch.setattr(live.handler.predictor.network.encoder, "forward", full)
     with pytest.raises(Problem, match="no memory") as refused:
         asyncio.run(live.handler.explainer(item, ExplainFields(explain="ig"), live))
-    assert refused.value.status == 503
+    assert (refused.value.status, refused.value.field) == (503, "explain")
 
 
 def test_a_case_is_bounded_by_what_its_explanation_costs(predictor):
@@ -273,6 +321,54 @@ def test_a_case_is_bounded_by_what_its_explanation_costs(predictor):
     explainer.check(ExplainFields(explain="occlusion"), 24)
     with pytest.raises(Problem, match="at most 24 images"):
         explainer.check(ExplainFields(explain="occlusion"), 25)
+
+
+def endless(self, method, image):
+    """A map that costs the device more than anybody waits for."""
+    while True:
+        time.sleep(0.01)
+        yield
+
+
+@pytest.fixture
+def hasty(bright, app_config, tmp_path):
+    """Of a server that gives a request a second."""
+    models = (f"bright={bright.save(tmp_path / 'bright')}",)
+    with TestClient(create_app(app_config(models=models, **{"limits.timeout_s": 1.0}))) as client:
+        yield client
+
+
+def test_an_explanation_that_takes_too_long_is_not_told_to_come_again(hasty, monkeypatch):
+    """Nor is it of the Open Inference Protocol."""
+    monkeypatch.setattr(Explainer, "_heat_map", endless)
+    refused = hasty.post("/v1/models/bright:predict?explain=ig", content=file_of(drawn()))
+    assert refused.status_code == 422 and refused.json()["field"] == "explain"
+    assert "Retry-After" not in refused.headers
+    assert all(way in refused.json()["detail"] for way in ("fewer images", "another method", "--limits.timeout-s"))
+    image = {"name": "image", "datatype": "BYTES", "shape": [1], "data": [base64.b64encode(file_of(drawn())).decode()]}
+    asked = {"inputs": [image], "parameters": {"explain": "ig"}}
+    by_tensors = hasty.post("/v2/models/bright/infer", json=asked)
+    assert by_tensors.status_code == 422 and by_tensors.json()["error"] == refused.json()["detail"]
+    assert hasty.post("/v1/models/bright:predict", content=file_of(drawn())).status_code == 200
+
+
+def test_an_explanation_that_others_keep_from_the_device_is_told_to_come_again(hasty, monkeypatch):
+    """Its own work had no time yet."""
+    free = threading.Event()
+    engine = hasty.app.state.service.engine
+
+    def behind_others(self, method, image):
+        holding = engine._thread.submit(free.wait)
+        yield
+        yield
+        holding.result()
+
+    monkeypatch.setattr(Explainer, "_heat_map", behind_others)
+    try:
+        busy = hasty.post("/v1/models/bright:predict?explain=ig", content=file_of(drawn()))
+    finally:
+        free.set()
+    assert busy.status_code == 503 and busy.headers["Retry-After"] == "2"
 
 
 def test_blend_of_colour_and_of_sixteen_bits():

@@ -116,7 +116,6 @@ def state_of(address: str):
         return json.load(response)["hsg"]
 
 
-@pytest.mark.timeout(400)
 @pytest.mark.slow
 def test_promotion_and_rollback_lose_no_request(mlflow, registry, home, png):
     with serving(mlflow.uri, home) as address:

@@ -54,12 +54,12 @@ def test_every_stage_of_a_request_is_measured(client, png):
     assert found["raymed_batch_images_sum", ("hsg",)] == 4
     total = found["raymed_stage_seconds_sum", ("hsg", "total")]
     assert 0 < found["raymed_stage_seconds_sum", ("hsg", "network")] < total < 20
-    decisions = {key[1][0]: value for key, value in found.items() if key[0] == "raymed_decisions_total"}
+    decisions = {key[1][1]: value for key, value in found.items() if key[0] == "raymed_decisions_total"}
     expected: dict[str, int] = {}
     for answer in answers:
         expected[answer.json()["decision"]] = expected.get(answer.json()["decision"], 0) + 1
     assert decisions == expected
-    assert found["raymed_score_sum", ("hsg",)] == pytest.approx(
+    assert found["raymed_score_sum", ("champion", "hsg")] == pytest.approx(
         sum(answer.json()["result"]["probability"] for answer in answers)
     )
     route = "/v1/models/{name}:predict"
@@ -81,7 +81,7 @@ def test_a_method_that_somebody_made_up_is_no_label(client):
 def test_an_image_unlike_the_training_data_counts_as_an_abstention(client):
     decision = client.post(PREDICT, content=foreign_image()).json()["decision"]
     assert decision == "abstain"
-    assert read(client)["raymed_decisions_total", ("abstain", "hsg")] == 1
+    assert read(client)["raymed_decisions_total", ("champion", "abstain", "hsg")] == 1
 
 
 def test_versions_in_use_and_refused(app_config, bundle_folder, tmp_path):

@@ -71,6 +71,14 @@ def test_a_version_by_number_stays(client, storage):
     assert source.newest("champion").version == "1" and source.newest("challenger") is None
 
 
+def test_who_starts_a_server_without_a_champion_is_told_once_who_answers(client, storage, capsys):
+    source = Registry("models:/hsg", None, storage)
+    assert source.newest("champion").version == "1" and capsys.readouterr().out == ""
+    client.delete_registered_model_alias("hsg", "champion")
+    assert [source.newest("champion").version for _ in range(2)] == ["2", "2"]
+    assert capsys.readouterr().out == "hsg: no champion yet, the newest candidate answers, version 2\n"
+
+
 def test_a_release_is_another_origin_whose_answers_are_not_for_research_only(source, client):
     promote(client, version_of(client, "hsg", 1), "triage")
     before = source.newest("champion")

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -121,16 +122,45 @@ def test_a_token_of_the_environment(tmp_path, monkeypatch):
     assert tokens.name_of(b"s" * 32) == "RAYMED_SERVE_TOKEN" and tokens.name_of(b"s" * 31) is None
 
 
-def test_the_command(tmp_path):
+def test_a_server_whose_storage_is_a_bucket_reads_a_file_that_is_named(tmp_path, monkeypatch):
+    """Or takes one token of the environment, as on Kubernetes."""
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "local"))
+    config = ServeConfig(storage="s3://bucket/raymed")
+    with pytest.raises(UserError, match="serve_tokens.py add NAME --file FILE, and name it, --access.tokens FILE"):
+        tokens_of(config)
+    named = tmp_path / "mounted" / "tokens.json"
+    token = add_token(named, "pacs", 3)
+    assert tokens_of(replace(config, access=Access(tokens=str(named)))).name_of(token.encode()) == "pacs"
+    monkeypatch.setenv("RAYMED_SERVE_TOKEN", "s" * 32)
+    assert tokens_of(config).name_of(b"s" * 32) == "RAYMED_SERVE_TOKEN"
+
+
+def test_the_command_writes_no_file_that_no_server_reads(command, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAYMED_LOCAL", str(tmp_path / "local"))
+    bucket = ("--storage", "s3://bucket/raymed")
+    for action in (("add", "pacs"), ("list",), ("revoke", "pacs")):
+        with pytest.raises(UserError, match=r"is in a bucket.*--file .*access\.tokens"):
+            command(*action, *bucket)
+    assert not (tmp_path / "local").exists()
+    token = command("add", "pacs", *bucket, "--file", str(tmp_path / "tokens.json"))
+    assert Tokens(tmp_path / "tokens.json").name_of(token.encode()) == "pacs"
+
+
+@pytest.fixture(scope="module")
+def command():
+    """command(*arguments) -> what the command prints, in this process."""
     job = importlib.util.module_from_spec(spec := importlib.util.spec_from_file_location("job", JOB))
     sys.modules["job"] = job
     spec.loader.exec_module(job)
+    return lambda *arguments: tyro.cli(job.ServeTokens, args=[*arguments]).do()
 
+
+def test_the_command(command, tmp_path):
     def run(*arguments):
-        return tyro.cli(job.ServeTokens, args=[*arguments, "--storage", str(tmp_path)]).do()
+        return command(*arguments, "--storage", str(tmp_path))
 
-    command = [sys.executable, JOB, "add", "pacs", "--days", "5", "--storage", str(tmp_path)]
-    made = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    line = [sys.executable, JOB, "add", "pacs", "--days", "5", "--storage", str(tmp_path)]
+    made = subprocess.run(line, capture_output=True, text=True, timeout=120)
     token = made.stdout.strip()
     tokens = Tokens(tokens_file(None, str(tmp_path)))
     assert made.returncode == 0 and tokens.name_of(token.encode()) == "pacs"

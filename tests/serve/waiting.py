@@ -3,7 +3,7 @@
 import time
 
 
-def until(holds, seconds: float = 20.0):
+def until(holds, seconds: float = 60.0):
     """Wait until something holds, and return it; fails after so many seconds."""
     end = time.monotonic() + seconds
     while not (found := holds()):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from raymed.config import UserError, check_range, to_dict, to_json
 from raymed.serve.config import NAME, ServeConfig
-from raymed.storage import lock, storage_folder
+from raymed.storage import lock, remote_of, storage_folder
 
 ENVIRONMENT = "RAYMED_SERVE_TOKEN"
 """A single token, in place of a file or beside it; the log calls it by this name."""
@@ -45,8 +45,18 @@ class Token:
 
 
 def tokens_file(file: str | Path | None = None, storage: str | None = None) -> Path:
-    """The given one, or that of the storage."""
+    """The given one, or that of the storage; of a bucket that of this machine's copy, which no other machine sees."""
     return Path(file).expanduser() if file else storage_folder(storage) / "serve" / "tokens.json"
+
+
+def check_is_shared(file: Path) -> None:
+    """Raises UserError for a file of which every machine has its own."""
+    if url := remote_of(file):
+        raise UserError(
+            f"{url} is in a bucket, and servers read tokens from a file: name one with --file (a change of {file} "
+            "would be seen on this machine alone) and have the servers read it, access.tokens; a pod gets it from a "
+            "mounted Secret"
+        )
 
 
 def add_token(file: Path, name: str, days: int) -> str:
@@ -134,9 +144,10 @@ def tokens_of(config: ServeConfig) -> Tokens | None:
         raise UserError(f"{ENVIRONMENT} can be guessed: at least {_SHORTEST} characters are expected")
     tokens = Tokens(tokens_file(config.access.tokens, config.storage), single)
     if not tokens.valid() and config.access.client_ca is None:
+        where = " --file FILE, and name it, --access.tokens FILE" if remote_of(tokens.file) else ""
         raise UserError(
             f"nobody could ask this server: there is no valid token in {tokens.file}. Make one, python "
-            "jobs/serve_tokens.py add NAME, or let anybody on this machine ask, --access.open"
+            f"jobs/serve_tokens.py add NAME{where}, or let anybody on this machine ask, --access.open"
         )
     return tokens
 

@@ -1,14 +1,17 @@
-"""The objects that an answer becomes: a report, and of each image with a heat map an overlay and a segmentation."""
+"""The objects that an answer becomes: a report, and an overlay and a segmentation of each region that it shows, such as
+the heat map of an image."""
 
 import base64
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from io import BytesIO
 from math import inf
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
-from raymed.config import UserError
+from raymed.config import UserError, from_dict
+from raymed.data.preprocess import Preprocess
 from raymed.serve.dicom.geometry import to_source
 from raymed.serve.dicom.overlay import overlay, overlay_size
 from raymed.serve.dicom.provenance import Case
@@ -18,8 +21,7 @@ from raymed.serve.dicom.segmentation import segmentation
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-    from raymed.data.preprocess import Preprocess
-    from raymed.serve.handlers import Upload
+    from raymed.serve.handlers import Handler, Region, Upload
 
 Kind = Literal["report", "overlay", "segmentation"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -28,39 +30,42 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 def objects(
     case: Case,
     kinds: Sequence[Kind],
-    preprocess: "Preprocess",
+    regions: "Sequence[Region]",
     before: "Dataset | None" = None,
     most_bytes: float = inf,
+    notes: Sequence[str] = (),
 ) -> "list[Dataset]":
     """Make them, the report first. It says why an image has no segmentation, where those were asked for, and how
-    many heat maps have no picture at all.
+    many regions have no picture at all.
 
     Args:
-        preprocess: how the images became the network's input, which maps are brought back by.
+        regions: what the pictures show, see `regions_of`.
         before: the report that this one takes the place of, see `report`.
         most_bytes: of all pictures (`pictures_size`); images whose pictures would not fit have none.
+        notes: what else the report is to say.
     """
-    pictures, notes, size, num_left_out = [], [], 0, 0
-    for place, values, method in maps(case, preprocess):
-        if (larger := size + _size(case.images[place], kinds)) > most_bytes:
+    pictures, told, size, num_left_out = [], [*notes], 0, 0
+    for region in regions:
+        if (larger := size + _size(case.images[region.place], kinds)) > most_bytes:
             num_left_out += 1
             continue
-        size = larger
+        size, values = larger, region.values()
         if "overlay" in kinds:
-            pictures.append(overlay(case, place, values, method))
+            pictures.append(overlay(case, region, values))
         if "segmentation" in kinds:
             try:
-                pictures.append(segmentation(case, place, values, method))
+                pictures.append(segmentation(case, region, values))
             except UserError as error:
-                notes.append(f"image {place + 1}: {error}")
+                told.append(f"image {region.place + 1}: {error}")
     if num_left_out:
-        notes.append(f"no pictures of {num_left_out} of the heat maps: all of them together are too large")
-    return [*([report(case, before, notes)] if "report" in kinds else []), *pictures]
+        what = "regions" if any(region.finding for region in regions) else "heat maps"
+        told.append(f"no pictures of {num_left_out} of the {what}: all of them together are too large")
+    return [*([report(case, before, told)] if "report" in kinds else []), *pictures]
 
 
-def pictures_size(case: Case, kinds: Sequence[Kind]) -> int:
+def pictures_size(case: Case, kinds: Sequence[Kind], regions: "Sequence[Region]") -> int:
     """Bytes of the pictures of a case, but for footers and headers."""
-    return sum(_size(case.images[place], kinds) for place, _ in _explained(case))
+    return sum(_size(case.images[region.place], kinds) for region in regions)
 
 
 def _size(image: "Upload", kinds: Sequence[Kind]) -> int:
@@ -91,18 +96,28 @@ def to_bytes(made: "Dataset") -> bytes:
     return content.getvalue()
 
 
-def maps(case: Case, preprocess: "Preprocess") -> Iterator[tuple[int, np.ndarray, str]]:
-    """(place, map on the image's own grid (H, W), method) of every image of the answer that has one."""
-    for place, explanation in _explained(case):
-        height, width = case.images[place].pixels.shape[:2]
-        yield place, to_source(map_of(explanation), preprocess, height, width), explanation["method"]
+def regions_of(case: Case, handler: "Handler") -> "list[Region]":
+    """What a handler shows of its answer: its own `regions`, else the heat maps."""
+    if own := getattr(handler, "regions", None):
+        return own(case.answer.result, case.images)
+    return heat_maps(case, from_dict(Preprocess, handler.bundle.preprocess))
 
 
-def _explained(case: Case) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    for place, told in enumerate(case.answer.result.get("images") or []):
-        explanation = told.get("explanation")
-        if explanation and explanation.get("map"):
-            yield place, explanation
+def heat_maps(case: Case, preprocess: Preprocess) -> "list[Region]":
+    """Of every image of the answer that has one. preprocess: how the images became the network's input, which maps are
+    brought back by."""
+    from raymed.serve.handlers import Region
+
+    explained = [told.get("explanation") for told in case.answer.result.get("images") or []]
+    return [
+        Region(place, partial(_on_image, case.images[place], found, preprocess), found["method"])
+        for place, found in enumerate(explained)
+        if found and found.get("map")
+    ]
+
+
+def _on_image(image: "Upload", explanation: Mapping[str, Any], preprocess: Preprocess) -> np.ndarray:
+    return to_source(map_of(explanation), preprocess, *image.pixels.shape[:2])
 
 
 def map_of(explanation: Mapping[str, Any]) -> np.ndarray:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import raymed
 from raymed.config import UserError
+from raymed.serve.footer import RESEARCH_ONLY
 
 if TYPE_CHECKING:
     from highdicom import ContributingEquipment
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 MANUFACTURER = "raymed"
 SCHEME = "99RAYMED"
 """Coding scheme of what no standard scheme has a code for."""
-RESEARCH_ONLY = "RESEARCH USE ONLY"
 _SERIES = {"report": 9001, "overlay": 9002, "segmentation": 9003}
 """Series numbers, above those of machines."""
 _PERSONAL = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")

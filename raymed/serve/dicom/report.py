@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from raymed.serve.dicom.provenance import MANUFACTURER, RESEARCH_ONLY, Case, bare, coding_scheme, headers_of, local_code
+from raymed.serve.dicom.provenance import MANUFACTURER, Case, bare, coding_scheme, headers_of, local_code
+from raymed.serve.footer import RESEARCH_ONLY
 
 if TYPE_CHECKING:
     from highdicom.sr import AlgorithmIdentification, ComprehensiveSR, MeasurementsAndQualitativeEvaluations

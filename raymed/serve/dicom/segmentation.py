@@ -1,8 +1,10 @@
-"""A heat map as a DICOM segmentation: one fractional segment, where the map is high, on the pixels of its image.
+"""A region, such as a heat map, as a DICOM segmentation: one fractional segment, where it is high, on the pixels of its
+image.
 
-The fraction is the map's own value (FRACTIONAL, PROBABILITY), which is no probability of disease; the segment's type
-says so. It lies on the pixels of a single image, or in the image's frame of reference where it has one. A frame of
-a run (XA, RF, US) has no geometry of its own, and DICOM no way to lay a segment on it: runs get overlays alone.
+The fraction is the region's own value (FRACTIONAL, PROBABILITY), which of a heat map is no probability of disease; the
+segment's type says so. It lies on the pixels of a single image, or in the image's frame of reference where it has one.
+A frame of a run (XA, RF, US) has no geometry of its own, and DICOM no way to lay a segment on it: runs get overlays
+alone.
 """
 
 from typing import TYPE_CHECKING
@@ -16,37 +18,32 @@ if TYPE_CHECKING:
     from highdicom.seg import Segmentation
     from pydicom import Dataset
 
+    from raymed.serve.handlers import Region
+
 LOWEST = 0.5
-"""Of the map, what belongs to the segment."""
+"""Of the values, what belongs to the segment."""
+_ATTENTION = ("ATTENTION", "Where a network looks, no finding")
 _PLACED_BY = {"PixelSpacing": 2, "ImagePositionPatient": 3, "ImageOrientationPatient": 6, "SliceThickness": 1}
 """How many numbers each has."""
 
 
-def segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "Segmentation":
-    """The segmentation of one image of the case.
-
-    Args:
-        place: of the image in the case, from 0.
-        values: (H, W) float in [0, 1] on the image's own grid.
-        method: how the map was made.
-
-    Raises:
-        UserError: why there can be none.
-    """
-    image = case.images[place]
-    if image.frame is not None:
+def segmentation(case: Case, region: "Region", values: np.ndarray) -> "Segmentation":
+    """The segmentation of one image of the case. values: (H, W), the region's. Raises UserError: why there can be
+    none."""
+    if case.images[region.place].frame is not None:
         raise UserError("no segmentation of a frame of a run, which has no geometry of its own")
     try:
-        return _segmentation(case, place, values, method)
+        return _segmentation(case, region, values)
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # whose text may hold what the header says
         raise UserError("no segmentation of an image whose header lacks, or damages, what one is placed by") from None
 
 
-def _segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "Segmentation":
+def _segmentation(case: Case, region: "Region", values: np.ndarray) -> "Segmentation":
     from highdicom.content import AlgorithmIdentificationSequence
     from highdicom.seg import Segmentation, SegmentDescription
     from pydicom.sr.codedict import codes
 
+    place, method, finding = region.place, region.method, region.finding
     header = case.images[place].header
     algorithm = AlgorithmIdentificationSequence(
         name=case.answer.model,
@@ -55,14 +52,17 @@ def _segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "S
         source=MANUFACTURER,
         parameters=case.identity(),
     )
+    category, shown = codes.SCT.SpatialAndRelationalConcept, _ATTENTION
+    if finding:
+        category, shown = codes.SCT.MorphologicallyAbnormalStructure, (finding, finding)
     segment = SegmentDescription(
         segment_number=1,
         segment_label=f"{method} of {case.answer.model}"[:64],
-        segmented_property_category=codes.SCT.SpatialAndRelationalConcept,
-        segmented_property_type=local_code("ATTENTION", "Where a network looks, no finding"),
+        segmented_property_category=category,
+        segmented_property_type=local_code(*shown),
         algorithm_type="AUTOMATIC",
         algorithm_identification=algorithm,
-        tracking_uid=case.uid("tracking", "segment", place),
+        tracking_uid=case.uid("tracking", "segment", place, *([method] if finding else [])),
         tracking_id=f"{case.answer.model} {method} {place + 1}"[:64],
     )
     made = Segmentation(
@@ -71,7 +71,7 @@ def _segmentation(case: Case, place: int, values: np.ndarray, method: str) -> "S
         segmentation_type="FRACTIONAL",
         segment_descriptions=[segment],
         omit_empty_frames=False,
-        content_label="ATTENTION",
+        content_label="FINDING" if finding else "ATTENTION",
         coding_schemes=[coding_scheme()],
         **case.common("segmentation", place + 1, place, method),
     )

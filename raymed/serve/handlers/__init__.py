@@ -16,6 +16,10 @@ has three classes (`clip.py` is the shorter example with several networks, `clas
               `ask_all` batches with other requests; other work on the device goes through `Ask.alone` in steps, each
               as short as a batch (`raymed.serve.explain.in_turns`), and what else computes through a thread
 
+A handler that has `regions(answer, images) -> list[Region]` says so what DICOM shows of its answer (the `result` of
+`raymed.serve.service.Answer`) beside a report: masks, boxes. Without one these are the heat maps of the answer's
+`images[].explanation`, and an answer that decides nothing has no DICOM.
+
 Answers are those of the class in `raymed.tasks` that jobs use, and fields bound what a request can cost. Golden inputs
 (`raymed.tasks.golden`) of the kind tell it from a broken copy.
 """
@@ -66,8 +70,30 @@ class Prepared:
     item: Tensor
 
 
+@dataclass(frozen=True)
+class Region:
+    """What a model has to show of an image, for the overlays and segmentations of `raymed.serve.dicom`.
+
+    Attributes:
+        place: of the image in the case, from 0.
+        values: makes (H, W) float in [0, 1] on the image's own grid; only asked when there is room for it.
+        method: how it was made, in a word that no other region of the image has.
+        finding: what the values are of; "" of a heat map, which shows where a network looks and no finding.
+    """
+
+    place: int
+    values: Callable[[], np.ndarray]
+    method: str
+    finding: str = ""
+
+
 class Ask(Protocol):
     """How a handler reaches its networks."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What stands in the answer of the model: model, version, bundle, research_only, ... for pictures to bear."""
+        ...
 
     async def __call__(self, network: str, item: Tensor) -> Any:
         """The result of one of `Handler.networks` for one item, computed in a batch with those of other requests.
@@ -127,8 +153,8 @@ class Handler(Protocol):
     bundle: Bundle
     networks: Mapping[str, Network]
     modules: Sequence[nn.Module]
-    """What is folded (`raymed.models.folding`) and, with hardware.compile, compiled: each takes one batch, of images of
-    one size, and gives a tensor. The network "image" calls each once."""
+    """What is folded (`raymed.models.folding`) and, with hardware.compile, compiled: each takes one batch, of items of
+    one shape, and gives a tensor. All networks together, each run once, call each once."""
     window: Window | None
     """(center, width) that DICOM and NIfTI are read with."""
 
@@ -137,7 +163,7 @@ class Handler(Protocol):
         ...
 
     def prepare(self, upload: Upload) -> Tensor:
-        """An item of the network "image". Raises UserError for pixels that cannot be used."""
+        """An item of a network. Raises UserError for pixels that cannot be used."""
         ...
 
     async def answer(self, images: Sequence[Prepared], fields: Any, ask: Ask) -> Result:

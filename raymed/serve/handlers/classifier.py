@@ -10,9 +10,9 @@ from raymed.config import check_choice
 from raymed.serve import handlers
 from raymed.serve.described import Described
 from raymed.serve.explain import Explainer, ExplainFields, Explanation
-from raymed.serve.handlers import Ask, Decision, Prepared, Upload, ask_all, example_image
+from raymed.serve.handlers import Ask, Prepared, Upload, ask_all, example_image
 from raymed.tasks.golden import golden_values
-from raymed.tasks.predictor import CasePrediction, Prediction, Predictor
+from raymed.tasks.predictor import Prediction, Predictor
 
 
 class ImageResult(Described):
@@ -72,7 +72,7 @@ class Handler:
         self.explainer.check(fields, len(images))
         predictions = await ask_all(ask, "image", [image.item for image in images])
         case = self.predictor.case(predictions)
-        decision, reasons = self._decision(case)
+        decision, reasons = self.predictor.answer(case)
         explained = [await self.explainer(image.item, fields, ask) for image in images]
         return ClassifierResult(
             decision=decision,
@@ -83,21 +83,6 @@ class Handler:
             uncertain_band=self.predictor.band,
             images=[_image(*each) for each in zip(images, predictions, explained, strict=True)],
         )
-
-    def _decision(self, case: CasePrediction) -> tuple[Decision, list[str]]:
-        """Abstain where the case is foreign or near the threshold."""
-        reasons = []
-        if case.num_foreign:
-            num = len(case.images)
-            which = "the image is" if num == 1 else f"{case.num_foreign} of {num} images are"
-            reasons.append(f"{which} not like those that the model was trained on")
-        if case.uncertain:
-            reasons.append("the probability is in the band in which the model's decisions are not to be trusted")
-        if reasons:
-            return "abstain", reasons
-        positive = case.decision == self.bundle.classes["positive"]
-        side = "at or above" if positive else "below"
-        return ("positive" if positive else "negative"), [f"the probability is {side} the threshold"]
 
     def examples(self) -> dict[str, Tensor]:
         """A picture of a gradient."""

@@ -8,10 +8,11 @@ those of a model, so that replicas take over from each other; and all of them te
 
     store    the rows
     runner   the thread that works them off
-    predict  the work of a prediction over a folder or a manifest; another kind of work is another file
+    predict  the work of a prediction over a folder or a manifest; another kind is another such file, in runner's KINDS
+    files    its images, read as those of requests are
 """
 
-from raymed.serve.jobs.runner import Jobs
+from raymed.serve.jobs.runner import KINDS, Jobs
 from raymed.serve.jobs.store import Job, State
 
-__all__ = ["Job", "Jobs", "State"]
+__all__ = ["KINDS", "Job", "Jobs", "State"]

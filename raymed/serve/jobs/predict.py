@@ -1,7 +1,8 @@
 """A prediction for every case of a folder or a manifest of this machine, as `jobs/predict.py` makes it.
 
 The networks are those that the server has loaded, in the thread of its device, one image at a time and only when nobody
-else waits; the rest happens in the thread of jobs. What stands in the files is not done again.
+else waits; the rest happens in the thread of jobs. Files are read as those of requests are, with the same limits, and
+what a case is answered is what a request for its images is answered. What stands in the tables is not done again.
 """
 
 import os
@@ -17,7 +18,9 @@ from raymed.data.manifest import DataConfig, read_table
 from raymed.results.predict import answer_case, asked_cases, bundle_hash
 from raymed.results.predict_cases import Asked, Case, ImageFolder
 from raymed.results.predict_table import Origin, Tables
+from raymed.serve.config import Limits
 from raymed.serve.handlers import Handler
+from raymed.serve.jobs.files import as_uploads
 from raymed.serve.live import Live
 from raymed.serve.problems import Problem
 from raymed.tasks.predictor import Prediction, Predictor
@@ -25,7 +28,7 @@ from raymed.tasks.predictor import Prediction, Predictor
 TABLES = {"cases": "predictions.csv", "images": "predictions_images.csv"}
 
 
-def check_predicts(handler: Handler) -> None:
+def check(handler: Handler) -> None:
     """Raises Problem (422) for a model that has no such predictions."""
     _predictor(handler)
 
@@ -89,10 +92,12 @@ def _is_inside(path: Location, folders: Sequence[Path]) -> bool:
     return found is not None and any(found.is_relative_to(folder) for folder in folders)
 
 
-def answers(live: Live, asked: Asked, folder: Path, ask: Callable[[Tensor], Prediction]) -> Iterator[int]:
+def answers(
+    live: Live, asked: Asked, folder: Path, limits: Limits, ask: Callable[[Tensor], Prediction]
+) -> Iterator[int]:
     """Answer case after case into the tables of a folder; yields how many stand there, before each and at the end.
 
-    ask: the network's answer for one image (C, size, size), as `Live.__call__` gives it. Raises UserError.
+    ask: the network's answer for one image (C, size, size), as `Live.__call__` gives it. Raises UserError, Problem.
     """
     predictor = _Asking(_predictor(live.handler), ask)
     with Tables(folder / TABLES["cases"], asked.cases, _origin(live, asked)) as tables:
@@ -100,7 +105,7 @@ def answers(live: Live, asked: Asked, folder: Path, ask: Callable[[Tensor], Pred
         before = len(asked.cases) - len(todo)
         for place, case in enumerate(todo):
             yield before + place
-            tables.add(answer_case(predictor, case, _folder_above(case)))
+            tables.add(answer_case(predictor, as_uploads(case, live.handler.bundle, limits), _folder_above(case)))
     yield len(asked.cases)
 
 
@@ -131,7 +136,7 @@ def _folder_above(case: Case) -> Path | None:
 
 def _origin(live: Live, asked: Asked) -> Origin:
     """As `jobs/predict.py` signs its rows."""
-    bundle, where = live.handler.bundle, live.origin.where
+    bundle, where, identity = live.handler.bundle, live.origin.where, live.identity
     name = where.removeprefix("models:/").partition("/")[0] if where.startswith("models:/") else ""
     geometry = " ".join(f"{key}={value}" for key, value in bundle.preprocess.items() if key not in ("mean", "std"))
     return Origin(
@@ -139,4 +144,7 @@ def _origin(live: Live, asked: Asked) -> Origin:
         live.origin.version,
         bundle_hash(bundle),
         f"{geometry} {asked.settings}".strip(),
+        run_id=str(identity["run_id"]),
+        intended_use=str(identity["intended_use"]),
+        research_only=bool(identity["research_only"]),
     )

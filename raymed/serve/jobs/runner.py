@@ -31,9 +31,10 @@ from raymed.serve.jobs.store import Job, Row, State, Store
 from raymed.serve.live import Live, load_live
 from raymed.serve.models import CHAMPION, Models, Served
 from raymed.serve.problems import Problem
-from raymed.storage import is_remote, lock, storage_folder
+from raymed.storage import is_remote, lock, remote_of, storage_folder
 
-KINDS = ("predict",)
+KINDS = {"predict": predict}
+"""What does the work: `check`, `cases_of`, `answers` and `TABLES` are those of its kind."""
 _LOOK_S = 2.0
 """Between two looks at what other processes have queued, and at whether their thread has ended."""
 _TOLD_S = 0.5
@@ -49,11 +50,11 @@ _GONE_S = 86400.0
 
 
 class _Left(Exception):
-    """The server ends, or nobody wants the job any more."""
+    """The server ends, its device does not compute any more, or nobody wants the job."""
 
 
 class Jobs:
-    """All jobs of a server. Raises UserError for a root that is no folder."""
+    """All jobs of a server. Raises UserError for a root that is no folder, and for jobs that nothing would keep."""
 
     def __init__(self, config: ServeConfig, models: Models, engine: Engine):
         self.config, self.models, self.engine = config, models, engine
@@ -65,6 +66,12 @@ class Jobs:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._since = 0.0
+        if config.batch_roots and (url := remote_of(self.folder)):
+            raise UserError(
+                f"batch_roots: jobs and their results are kept in the storage, and {url} is a bucket, of which every "
+                "machine has its own copy: name a folder, --storage DIR, that all servers of these models mount, or "
+                "start without batch_roots"
+            )
         for root in config.batch_roots:
             if not Path(root).expanduser().is_dir():
                 raise UserError(f"batch_roots: a folder of this machine is expected, got {root}")
@@ -98,7 +105,7 @@ class Jobs:
     def add(self, owner: str, kind: str, model: str, source: str) -> Job:
         """Queue a job. Blocks. Raises Problem: 403, 404, 422, 429, 503."""
         rows, most = self.rows, self.config.limits.jobs
-        predict.check_predicts(self.models.get(model).handler)
+        KINDS[kind].check(self.models.get(model).handler)
         path = predict.allowed(source, self.config.batch_roots)
         job = rows.add(owner, kind, model, str(path), most)
         if job is None:
@@ -115,11 +122,14 @@ class Jobs:
         return job
 
     def result(self, job: Job, table: str) -> Path:
-        """The file. Raises Problem (409) for a job that has none."""
+        """The file. Raises Problem: 409 for a job that has none, 404 for a table that its kind has not."""
         if job.state != "succeeded":
             why = f"the job has {job.state}" if job.state in ("failed", "cancelled") else f"the job is {job.state}"
             raise Problem(409, f"there is no result: {why}", field="id")
-        return self.folder / job.id / predict.TABLES[table]
+        tables = KINDS[job.kind].TABLES if job.kind in KINDS else {}
+        if table not in tables:
+            raise Problem(404, "a job of this kind has no such table here", field="table")
+        return self.folder / job.id / tables[table]
 
     def end(self, number: str, owner: str) -> None:
         """Cancel an unfinished job; forget one that has ended, with its result. Blocks. Raises Problem (404)."""
@@ -145,11 +155,14 @@ class Jobs:
                 self._wait(_LOOK_S)
 
     def _mine(self) -> list[Job]:
-        """What is to be done of models and sources that are this server's, the next first."""
-        return [row.job for row in self.rows.unfinished() if predict.inside(row.job.source, self.config.batch_roots)]
+        """What is to be done of models, sources and kinds that are this server's, the next first."""
+        jobs, roots = [row.job for row in self.rows.unfinished()], self.config.batch_roots
+        return [job for job in jobs if job.kind in KINDS and predict.inside(job.source, roots)]
 
     def _next(self) -> list[Job]:
-        """The first of each model that is loaded."""
+        """The first of each model that is loaded; none while the device does not compute."""
+        if not self.engine.computes:
+            return []
         first: dict[str, Job] = {}
         for job in self._mine():
             if self.models.state()[job.model]["ready"]:
@@ -192,7 +205,7 @@ class Jobs:
         try:
             if row.starts > _TRIES:
                 raise UserError(f"the server ended {_TRIES} times while it was at this job")
-            self._predict(row)
+            self._answer(row)
         except _Left:
             self.rows.pause(job.id)
         except (UserError, Problem) as error:
@@ -209,15 +222,15 @@ class Jobs:
         if self.rows.finish(job.id, state, problem):
             log.write(event="job", job=job.id, state=state, model=job.model)
 
-    def _predict(self, row: Row) -> None:
-        job, roots = row.job, self.config.batch_roots
-        live = self._live(row)
-        asked = predict.cases_of(live, predict.allowed(job.source, roots), roots)
+    def _answer(self, row: Row) -> None:
+        job, roots, limits = row.job, self.config.batch_roots, self.config.limits
+        live, work = self._live(row), KINDS[job.kind]
+        asked = work.cases_of(live, predict.allowed(job.source, roots), roots)
         self.rows.begin(job.id, live.origin, len(asked.cases))
         folder = self.folder / job.id
         folder.mkdir(exist_ok=True, mode=0o700)
         told, done = 0.0, 0
-        for done in predict.answers(live, asked, folder, lambda item: self._ask(live, item, row)):
+        for done in work.answers(live, asked, folder, limits, lambda item: self._ask(live, item, row)):
             if time.monotonic() >= told + _TOLD_S:
                 told = time.monotonic()
                 self._go_on(job, done)
@@ -247,7 +260,8 @@ class Jobs:
 
     def _ask(self, live: Live, item: Tensor, row: Row) -> Any:
         """The network's answer for an image, when nobody else waits, or after a moment. Raises Problem (503) where it
-        is refused for long. Then the job fails: an image left out would change what is decided about its case."""
+        is refused for long. Then the job fails: an image left out would change what is decided about its case. On a
+        device that does not compute it is left instead: to another server, or until the device computes again."""
         if _until(lambda: not any(self.engine.waiting.values()), _PATIENCE_S, self._ending):
             raise _Left
         end = time.monotonic() + _REFUSED_S
@@ -255,9 +269,10 @@ class Jobs:
             try:
                 return self._in_loop(live("image", item))
             except Problem as problem:
-                if problem.status != 503 or time.monotonic() >= end:
+                is_over = self.engine.computes and time.monotonic() >= end
+                if problem.status != 503 or is_over:
                     raise
-            if self._ending.wait(_PATIENCE_S) or not self._is_wanted(row):
+            if not self.engine.computes or self._ending.wait(_PATIENCE_S) or not self._is_wanted(row):
                 raise _Left
 
     def _is_wanted(self, row: Row) -> bool:

@@ -1,4 +1,5 @@
-"""Jobs as rows of an sqlite file, which several processes of one machine may share.
+"""Jobs as rows of an sqlite file, which several processes may share, of one machine or of several that mount its
+folder: so there is no write-ahead log, which wants memory that all of them have.
 
 queued -> running -> succeeded | failed;  queued, running -> cancelled
 
@@ -11,7 +12,7 @@ import secrets
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -82,7 +83,8 @@ class Store:
         self.path, self.served = path, dict(served)
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with self._open() as rows:
-            rows.execute("PRAGMA journal_mode=WAL")
+            with suppress(sqlite3.OperationalError):  # of a file of before, while another process has it open
+                rows.execute("PRAGMA journal_mode=DELETE")
             rows.execute("BEGIN IMMEDIATE")  # two servers may start at once
             rows.execute(_TABLE)
             there = {column["name"] for column in rows.execute("PRAGMA table_info(jobs)")}

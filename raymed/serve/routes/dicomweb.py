@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fastapi import APIRouter, Request, Response
 
-from raymed.config import UserError, check_choice, from_dict
-from raymed.data.preprocess import Preprocess
+from raymed.config import UserError, check_choice
 from raymed.serve.contract import check_contract
 from raymed.serve.dicom.classes import image_classes
 from raymed.serve.dicom.multipart import DICOM, read_related, write_related
-from raymed.serve.dicom.objects import KINDS, Kind, objects, pictures_size, predecessor, to_bytes
+from raymed.serve.dicom.objects import KINDS, Kind, objects, pictures_size, predecessor, regions_of, to_bytes
 from raymed.serve.dicom.provenance import Case, damaged, is_own, sound
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.problems import Problem, documented
@@ -48,6 +47,7 @@ _DICOM_JSON = "application/dicom+json"
 _RELATED = f'multipart/related; type="{DICOM}"'
 _REFUSED, _NOT_UNDERSTOOD = 0x0122, 0xC000
 """Failure reasons of instances (PS3.18, table I.2-2): no class that is taken here, and cannot be understood."""
+_NO_MAPS = "no heat maps: the case is too large to be explained in the time or memory that there is"
 _UIDS = ("SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID")
 _TAGS = (
     "SOPClassUID",
@@ -115,8 +115,9 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
         raise problem
     if len({each.header.StudyInstanceUID for each in used}) > 1:
         raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
+    notes: list[str] = []
     if accept == DICOM and set(kinds) != {"report"}:
-        answered = await _explained(service, name, used, fields)
+        answered, notes = await _explained(service, name, used, fields)
     else:
         answered = await _asked(service, name, used, fields)
     if accept == "application/json":
@@ -124,10 +125,10 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     if accept == _DICOM_JSON:
         status = 202 if len(used) < len(instances) else 200
         return Response(_store_response(instances, answered.answer), status, media_type=accept)
-    if answered.answer.decision is None:
+    if answered.answer.decision is None and not hasattr(answered.handler, "regions"):
         raise Problem(422, f"{name} decides nothing that a report could say: ask for application/json", field="Accept")
     try:
-        return await asyncio.to_thread(_results, service.room, answered, kinds, before)
+        return await asyncio.to_thread(_results, service.room, answered, kinds, before, notes)
     except UserError:
         raise
     except (AttributeError, IndexError, KeyError, TypeError, ValueError):  # whose text may hold what a header says
@@ -159,18 +160,22 @@ async def _asked(service: Service, name: str, used: Sequence[_Instance], fields:
     return await service.answered(name, [File(each.content) for each in used], fields, patient)
 
 
-async def _explained(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
+async def _explained(
+    service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]
+) -> tuple[Answered, list[str]]:
     """With heat maps by the first method that the model knows, unless the request names one. A case that is too large
-    to be explained, in the time or memory that there is, is asked about once more, without."""
+    to be explained, in the time or memory that there is, is asked about once more, without, and a note says so. A
+    server that is busy is to be asked again by the sender, who then gets the maps."""
     methods = service.models.get(name).handler.about().get("explain") or []
     if "explain" in fields or not methods:
-        return await _asked(service, name, used, fields | ({"explain_as": "array"} if "explain" in fields else {}))
+        more = {"explain_as": "array"} if "explain" in fields else {}
+        return await _asked(service, name, used, fields | more), []
     try:
-        return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"})
+        return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"}), []
     except Problem as problem:
-        if problem.field != "explain" and problem.status != 503:
+        if problem.field != "explain":
             raise
-    return await _asked(service, name, used, fields)
+    return await _asked(service, name, used, fields), [_NO_MAPS]
 
 
 class _Results(Response):
@@ -182,7 +187,7 @@ class _Results(Response):
         self.taken = taken
 
 
-def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str) -> Response:
+def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str, notes: Sequence[str]) -> Response:
     """Its pictures get half the room for pixels, or what the images leave of it, so that what fits by itself does not
     wait for ever."""
     for image in answered.images:
@@ -191,11 +196,11 @@ def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str)
             raise Problem(422, f"{field}: a value as the standard has it is expected, for the results", field=field)
     handler = answered.handler
     case = Case(answered.answer, sound(answered.images), handler.about().get("positive"))
-    preprocess = from_dict(Preprocess, handler.bundle.preprocess)
+    regions = regions_of(case, handler)
     images = sum(image.pixels.shape[0] * image.pixels.shape[1] for image in case.images)
     most = min(room.pixels // 2, room.pixels - images)
-    with room.taken(min(most, pictures_size(case, kinds))) as hold:
-        made = objects(case, kinds, preprocess, predecessor(case.first, before), most)
+    with room.taken(min(most, pictures_size(case, kinds, regions))) as hold:
+        made = objects(case, kinds, regions, predecessor(case.first, before), most, notes)
         made.reverse()
         files = (to_bytes(made.pop()) for _ in range(len(made)))  # none stays in memory beside its file
         return _Results(files, hold(np.empty(0)))

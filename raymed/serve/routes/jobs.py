@@ -15,10 +15,10 @@ from typing import Annotated, Literal
 
 from fastapi import APIRouter, Path, Request, Response
 from fastapi.responses import FileResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from raymed.serve.jobs import Job
+from raymed.serve.jobs import KINDS, Job
 from raymed.serve.jobs.store import UNFINISHED
 from raymed.serve.problems import Problem, documented
 from raymed.serve.service import Service
@@ -30,13 +30,19 @@ _ALIVE_S = 15.0
 Number = Annotated[str, Path(pattern="^[0-9a-f]{32}$")]
 
 
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"{' or '.join(KINDS)} is expected")
+    return kind
+
+
 class JobRequest(BaseModel):
     """What is to be done."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: str = Field(max_length=64)
-    kind: Literal["predict"] = "predict"
+    kind: Annotated[str, AfterValidator(_known), Field(json_schema_extra={"enum": [*KINDS]})] = "predict"
     source: str = Field(min_length=1, max_length=4096)
     """A folder of images or a manifest on the server: an absolute path, or one below a root."""
 
