@@ -13,7 +13,6 @@ brought a later one to the storage. So FOLDER/kept.sha256 says what this folder 
 import hashlib
 import os
 import secrets
-import shutil
 import signal
 import sqlite3
 import subprocess
@@ -21,8 +20,9 @@ import sys
 import threading
 from contextlib import closing
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 from raymed.config import UserError, check_range
 from raymed.storage.locations import exists, join, read_bytes, write_bytes
@@ -53,7 +53,9 @@ class MlflowConfig:
 
 def take_back(folder: Path, storage: str) -> bool:
     """Put the kept database into the folder, if there is one, unless that is what the folder itself brought there: its
-    own is newer then. One of an earlier time goes to FOLDER/replaced. Whether that was done."""
+    own is newer then. Whether that was done.
+
+    What stood there goes to FOLDER/replaced, with the time, and is never deleted: the wrong backup may be restored."""
     kept = join(storage, _KEPT, DATABASE)
     if not exists(kept):
         return False
@@ -86,10 +88,10 @@ def _digest(data: bytes) -> str:
 def _put_aside(folder: Path) -> None:
     """The database with its journals, which sqlite would apply to the next one; the database last, so that an end in
     between leaves no journal without it."""
-    shutil.rmtree(folder / _REPLACED, ignore_errors=True)
-    (folder / _REPLACED).mkdir()
+    (folder / _REPLACED).mkdir(exist_ok=True)
+    aside = Path(mkdtemp(prefix=f"{datetime.now(UTC):%Y-%m-%dT%H%M%SZ}-", dir=folder / _REPLACED))
     for path in sorted(folder.glob(f"{DATABASE}*"), reverse=True):
-        path.rename(folder / _REPLACED / path.name)
+        path.rename(aside / path.name)
 
 
 def run(config: MlflowConfig) -> str:

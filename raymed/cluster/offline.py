@@ -27,26 +27,22 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email import message_from_string
 from email.message import Message
-from fnmatch import fnmatch
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from raymed.cluster import sums
-from raymed.cluster.whole import check, is_kept_out, new_folder
+from raymed.cluster import outgoing, sums
+from raymed.cluster.whole import check, new_folder
 from raymed.config import UserError, check_choice, to_json
 from raymed.registry.command import command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
 
-# Nothing else goes along: a project folder may hold data that are nobody else's business.
 PROJECT = (".gitignore", ".rayignore", "ARCHITECTURE.md", "LICENSE", "Makefile", "README.md", "README.ko.md", "cluster")
 PROJECT += ("docs", "jobs", "pyproject.toml", "raymed")
-_LEFT_OUT = ("__pycache__", ".DS_Store", "*.egg-info")
-_LEFT_OUT += (".env*", "*.key", "*.pem", "*.token", "cluster.json")  # secrets, as in .rayignore
 _SOURCES = ("deepspeed",)  # which the index has as source alone; a wheel of it runs anywhere
 _OLD_TAGS = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}
 _PLATFORM = re.compile(r"manylinux_2_(\d+)_(x86_64|aarch64)")
@@ -146,20 +142,17 @@ def _facts(config: Pack, version: str) -> dict[str, Any]:
 
 
 def _archive(project: Path, into: Path, version: str) -> Path:
-    """The project as one file, without secrets and without folders that raymed made in it."""
+    """The project as one file."""
     path = into / f"raymed-{version}.tar.gz"
 
-    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    def of_nobody(member: tarfile.TarInfo) -> tarfile.TarInfo:
         member.uid = member.gid = 0
         member.uname = member.gname = ""
-        source = project / Path(member.name).relative_to(f"raymed-{version}")
-        left_out = any(fnmatch(source.name, pattern) for pattern in _LEFT_OUT) or is_kept_out(source)
-        return None if left_out else member
+        return member
 
     with tarfile.open(path, "w:gz") as tar:
-        for name in PROJECT:
-            if (project / name).exists():
-                tar.add(project / name, f"raymed-{version}/{name}", filter=kept)
+        for name in outgoing.files(project, PROJECT):
+            tar.add(project / name, f"raymed-{version}/{name}", filter=of_nobody)
     return path
 
 

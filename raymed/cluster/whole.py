@@ -37,16 +37,10 @@ def new_folder(folder: Path, mode: int = 0o755) -> Iterator[Path]:
 
 
 def keep_out(folder: Path) -> None:
-    """Let git, jobs that are submitted and offline packs pass over a folder that may lie in the project's. A .gitignore
-    that is there stays."""
+    """Let git, and what goes to other machines (`outgoing.files`, jobs), pass over a folder that may lie in the
+    project's. A .gitignore that is there stays."""
     if not (folder / sums.IGNORE).exists():
         (folder / sums.IGNORE).write_text(_EVERYTHING)
-
-
-def is_kept_out(folder: Path) -> bool:
-    """Whether `keep_out` was told of it."""
-    ignore = folder / sums.IGNORE
-    return ignore.is_file() and ignore.read_text(errors="replace") == _EVERYTHING
 
 
 def check(folder: Path, what: str) -> None:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Level = Literal["ok", "warning", "failure"]
+"""From the best to the worst."""
 
 
 @dataclass(frozen=True)

@@ -124,6 +124,13 @@ def multiplied() -> str:
     return ", ".join(names)
 
 
+def interface_of(address: str) -> str:
+    """The network interface of this machine that has an IP address; "" where none has."""
+    import psutil
+
+    return next((name for name, at in psutil.net_if_addrs().items() if any(a.address == address for a in at)), "")
+
+
 class Probe:
     """An actor on a node. Every method is for one check."""
 
@@ -182,13 +189,14 @@ class Probe:
 
         return len(ray.get(references[0]))
 
-    def rendezvous(self) -> tuple[str, int]:
-        """An address of this node, with a free port, where a group may meet."""
+    def rendezvous(self) -> tuple[str, int, str]:
+        """An address of this node, with a free port, where a group may meet; and the address's network interface."""
         import ray.util
 
+        address = ray.util.get_node_ip_address()
         with socket.socket() as free:
             free.bind(("", 0))
-            return ray.util.get_node_ip_address(), free.getsockname()[1]
+            return address, free.getsockname()[1], interface_of(address)
 
     def reduced(self, backend: str, rank: int, size: int, where: tuple[str, int], seconds: float) -> dict[str, str]:
         """An all-reduce with the other ranks. {"interface", "problem"}; a problem of "" means that it worked."""

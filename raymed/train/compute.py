@@ -23,6 +23,9 @@ class Compute:
     min_workers: int | None = None
     """Fewer workers than `workers` that will do: the group shrinks when a node is lost and grows when one joins, and
     the batch stays, in more micro-batches. None: all or none."""
+    node_patience: float | None = None
+    """Seconds to wait for nodes that are missing, as for a spot machine that starts and installs; the job ends then.
+    None: $RAYMED_NODE_PATIENCE of the cluster, else 600."""
     engine: Literal["auto", "torch", "deepspeed"] = "auto"
     """auto: torch for one worker, DeepSpeed for several."""
     zero_stage: int = 0
@@ -55,6 +58,8 @@ class Compute:
         check_range("compute.workers", self.workers, 1)
         if self.min_workers is not None:
             check_range("compute.min_workers", self.min_workers, 1, self.workers)
+        if self.node_patience is not None:
+            check_range("compute.node_patience", self.node_patience, 0)
         check_choice("compute.engine", self.engine, ("auto", "torch", "deepspeed"))
         check_range("compute.zero_stage", self.zero_stage, 0, 3)
         self._check_stages()

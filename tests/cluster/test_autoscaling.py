@@ -14,7 +14,7 @@ import pytest
 
 from raymed.cluster.autoscaled import Autoscaled
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.ray
 REPO = Path(__file__).resolve().parents[2]
 ASK = """
     import json, sys, time, ray
@@ -115,7 +115,6 @@ def test_a_file_that_is_none_is_refused(untold):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_a_sweep_makes_workers_come_and_go():
     words = [sys.executable, str(REPO / "jobs" / "rehearse_autoscaling.py"), "--trials=4"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=500)

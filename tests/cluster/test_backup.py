@@ -194,7 +194,6 @@ def server(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
 def test_to_a_server_that_runs_and_back(original, saved, server, tmp_path):
     before, home = told(connect(None, original)), tmp_path / "home"
     restore(saved, at(home, mlflow=str(server.folder)))

@@ -1,5 +1,6 @@
 """What is amiss on a node is said before workers start: real nodes, some of which see other files or versions."""
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -11,7 +12,7 @@ from nodes import Nodes
 from raymed.data.phantoms import write_hsg
 from raymed.storage import working_copy
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 DRIVER = """
 import json, sys
@@ -83,15 +84,19 @@ def test_a_node_that_does_not_see_the_data_or_the_storage(tmp_path):
 
 
 def test_other_versions_another_machine_and_a_bucket(tmp_path, s3):
-    """One node has another torch, address and place for working copies; another has a wrong key of the bucket."""
+    """One node has another torch, address and place for working copies, one another build of this torch; another has a
+    wrong key of the bucket."""
     manifest = write_hsg(tmp_path / "hsg", num_patients=20, size=32)
     for path in (path for path in manifest.parent.rglob("*") if path.is_file()):
         s3.put(f"set/{path.relative_to(manifest.parent)}", path.read_bytes())
-    info = tmp_path / "strange" / "torch-9.9.9.dist-info" / "METADATA"
-    info.parent.mkdir(parents=True)
-    info.write_text("Metadata-Version: 2.1\nName: torch\nVersion: 9.9.9\n")
+    build = importlib.metadata.version("torch").partition("+")[0] + "+cu999"
+    for name, version in (("strange", "9.9.9"), ("twin", build)):
+        info = tmp_path / name / f"torch-{version}.dist-info" / "METADATA"
+        info.parent.mkdir(parents=True)
+        info.write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
     strange = {"PYTHONPATH": str(tmp_path / "strange"), "RAYMED_LOCAL": str(tmp_path / "elsewhere")}
-    own = {"strange": strange, "keyless": {"AWS_SECRET_ACCESS_KEY": "wrong"}}
+    twin, keyless = {"PYTHONPATH": str(tmp_path / "twin")}, {"AWS_SECRET_ACCESS_KEY": "wrong"}
+    own = {"strange": strange, "twin": twin, "keyless": keyless}
 
     def prefix(name: str) -> list[str]:
         return ["env", *(f"{key}={value}" for key, value in (s3.env | own.get(name, {})).items())]
@@ -110,6 +115,7 @@ def test_other_versions_another_machine_and_a_bucket(tmp_path, s3):
         versions, no_server, named, bucket = ask(cluster, tmp_path, [("check_versions", {}), sqlite, server, check])
     assert good == [None]
     assert "\n  torch: " in versions and "9.9.9 on 127.0.0.2 (" in versions and versions.count(" on 127.0.0.") == 1
+    assert build not in versions
     assert not any(f"\n  {name}: " in versions for name in ("python", "ray", "raymed"))
     assert f"mlflow server --backend-store-uri sqlite:///{storage}/mlflow/mlflow.db" in no_server
     assert f"--artifacts-destination {s3.url}/storage/mlflow/artifacts --host 0.0.0.0" in no_server

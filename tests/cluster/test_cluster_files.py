@@ -27,7 +27,7 @@ WORDS = {
     "google_project": "g",
 }
 KUSTOMIZATIONS = ["overlays/small", "overlays/large", "job", "serve"]
-SECRET = re.compile(r"(?i)(password|secret|token|key)\w*['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9+/_-]{16,}")
+SECRET = re.compile(r"(?i)(password|secret|token|key)\w*['\"]?\s*[:=]\s*['\"]?(?!/etc/)[A-Za-z0-9+/_-]{16,}")
 
 
 def program(name: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from raymed.storage.server import weed
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 REPO = Path(__file__).resolve().parents[2]
 SMALL = ["--method=asl", "--single.batch-size=32", "--single.steps=12", "--single.evaluations=3", "--seeds", "1"]
 SMALL += ["--data.preprocess.size=32", "--compute.workers=1"]

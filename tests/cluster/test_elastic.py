@@ -12,7 +12,7 @@ from train_on_nodes import main, unit_in
 from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
 from raymed.train.unit import Unit
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 DRIVER = Path(__file__).with_name("train_on_nodes.py")
 STEPS = {"steps": 900, "evaluations": 30}
 

@@ -23,7 +23,7 @@ from faults import (
 )
 from nodes import Nodes, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 GONE = 60.0  # seconds after which nothing of a dead driver may be left
 
 

@@ -23,7 +23,7 @@ from nodes import Nodes, wait_for
 from raymed.storage import working_copy
 from raymed.train.checkpoints.index import Index
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CHECKPOINTS = "runs/run/seed-2023/checkpoints/single"
 
 

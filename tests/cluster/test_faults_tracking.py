@@ -21,7 +21,7 @@ from faults import (
 )
 from nodes import Nodes, free_port, wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 1200  # longer than a server takes to start
 
 

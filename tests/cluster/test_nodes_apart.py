@@ -28,7 +28,7 @@ from raymed.storage import Mirror, working_copy
 from raymed.train.checkpoints.checkpoint import Checkpoints
 from raymed.train.checkpoints.index import Index
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 240
 PLAIN = "--compute.engine=torch"  # which starts fastest; the other tests of faults have DeepSpeed
 

@@ -42,7 +42,7 @@ include = ["raymed*"]
 
 PRIVATE = ("patients.csv", ".env", "data/image.png", "cluster/docker/.env", "cluster/docker/.env.old")
 PRIVATE += ("cluster/kuberay/tls.key", "jobs/tls.pem", "jobs/serve.token", "jobs/cluster.json")
-PRIVATE += ("cluster/monday/mlflow.db",)
+PRIVATE += ("cluster/monday/mlflow.db", "raymed/.env")
 
 
 def wheel(folder: Path, name: str, version: str, licence: str = "", code: str = "") -> None:
@@ -74,6 +74,8 @@ def project(tmp_path_factory):
         (folder / private).parent.mkdir(exist_ok=True)
         (folder / private).write_text("private")
     keep_out(folder / "cluster/monday")
+    for name in (".gitignore", ".rayignore"):
+        shutil.copy(REPO / name, folder)
     return folder
 
 
@@ -131,7 +133,8 @@ def test_a_pack_holds_what_is_needed_and_no_more(packed, project):
     with tarfile.open(packed / "raymed-7.8.tar.gz") as tar:
         names = [name.removeprefix("raymed-7.8/") for name in tar.getnames()]
     assert "jobs/greet.py" in names and "cluster/offline/install.py" in names and "pyproject.toml" in names
-    assert {name.split("/")[0] for name in names} == {"cluster", "jobs", "pyproject.toml", "raymed"}
+    own = {".gitignore", ".rayignore", "cluster", "jobs", "pyproject.toml", "raymed"}
+    assert {name.split("/")[0] for name in names} == own
     assert not {"cluster/monday", *PRIVATE} & set(names)
     assert not list(project.glob("build")) and not list(project.glob("*.egg-info"))
     facts = json.loads((packed / "pack.json").read_text())

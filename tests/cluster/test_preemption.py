@@ -10,7 +10,7 @@ import pytest
 from nodes import Nodes, wait_for
 from train_on_nodes import unit_in
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 DRIVER = Path(__file__).with_name("train_on_nodes.py")
 STEPS = {"steps": 400, "evaluations": 10}
 

@@ -35,7 +35,6 @@ STEPS = {"steps": 400, "evaluations": 10}
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_a_missing_node_is_waited_for_and_named(tmp_path):
     """The second of two nodes is lost and none comes; then one comes in time."""
     arguments = json.dumps(STEPS | {"workers": 2})
@@ -117,7 +116,6 @@ class Killer:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_workers_that_die_again_and_again_end_the_run_in_words(ray_cluster, tmp_path, capsys):
     unit = unit_in(tmp_path, steps=100_000, evaluations=1, workers=2)
     killer = Killer(unit)
@@ -212,8 +210,8 @@ def test_sizes_that_the_cluster_cannot_have_cost_no_time(ray_cluster):
     """Each would be tried for seconds; and none is when it is over."""
     began = time.monotonic()
     sizes = range(64, 0, -1)
-    assert await_room({"CPU": 1.0}, sizes, RoomNodes(), lambda: False) == 2
-    assert await_room({"CPU": 1.0}, sizes, RoomNodes(), lambda: True) is None
+    assert await_room({"CPU": 1.0}, sizes, RoomNodes(), lambda: False, 600) == 2
+    assert await_room({"CPU": 1.0}, sizes, RoomNodes(), lambda: True, 600) is None
     assert time.monotonic() - began < 30
 
 

@@ -43,7 +43,7 @@ def test_backups_packs_and_monitoring_stay_here(project, monkeypatch):
         assert uploaded(project) == OWN
     monkeypatch.setenv(TOKEN, "of the server")
     cluster = Cluster("local", {"dashboard": "http://127.0.0.1:1"}, {"RAY_AUTH_TOKEN_PATH": "/nowhere"})
-    monitoring.write(Monitoring(project / "watch"), cluster)
+    monitoring.write(Monitoring(project / "watch", "http://127.0.0.1:8000"), cluster)
     (project / "watch/data").mkdir()
     (project / "watch/data/wal").write_bytes(b"1" * 5000)
     assert (project / "monday/mlflow.db").exists() and (project / "watch/serve.token").exists()

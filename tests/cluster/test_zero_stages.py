@@ -23,7 +23,7 @@ from raymed.train.checkpoints.checkpoint import Checkpoints, load_weights
 from raymed.train.compute import Compute
 from raymed.train.loop import Fit
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 CLIP, STEPS, EVERY = 0.02, 12, 3  # checkpoints lie EVERY steps
 SGD = Optim("sgd", lr=3e-2, schedule="one_cycle", clip=CLIP)  # a wrong scale of the gradient would show
 ADAMW = Optim("adamw", lr=1e-4, clip=CLIP)  # a state that was not restored would show

@@ -13,7 +13,7 @@ from guarded import Guarded, other_raymed, skewed
 from raymed.cluster import state
 from raymed.doctor.checks import CHECKS
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = pytest.mark.ray
 SOURCES = str(Path(__file__).resolve().parents[2])
 NODES = tuple(check.name for check in CHECKS if check.name.startswith("nodes: "))
 CONNECTION = ("--only", "Ray", "Ray's token")
@@ -117,6 +117,50 @@ def test_a_node_with_many_faults(cluster, doctor, tmp_path):
     assert "by the proxy variables" in found["nodes: ways"]["found"] and "NO_PROXY=" in found["nodes: ways"]["remedy"]
     assert "ahead of this machine's" in found["nodes: clocks"]["found"]
     assert "sees no GPU" in found["nodes: GPUs"]["found"]
+
+
+HOLDS_A_GPU = """
+import sys, time
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+ray.init(log_to_driver=False, logging_level="ERROR")
+node = next(n for n in ray.nodes() if n["NodeManagerAddress"] == sys.argv[1])
+place = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+held = ray.remote(num_cpus=0, num_gpus=1, scheduling_strategy=place)(type("Holder", (), {"there": lambda self: 0}))
+holder = held.remote()
+ray.get(holder.there.remote())
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(800)  # a minute twice, for what is in use
+def test_a_cluster_at_rest_and_one_in_use(tmp_path, doctor, monkeypatch):
+    """A head without CPUs and nobody else; then one of two nodes' GPUs, which are made up, is taken by a training."""
+    monkeypatch.setenv("PYTHONPATH", SOURCES)
+    (tmp_path / "holds.py").write_text(HOLDS_A_GPU)
+    addresses = {"a": "127.0.0.2", "b": "127.0.0.3"}
+    asked = ("--only", "Ray", "nodes: all-reduce")
+    nodes = Guarded(tmp_path / "ray", ip=lambda name: addresses.get(name, "127.0.0.1"))
+    with nodes:
+        code, found = doctor(*asked, **nodes.environment)
+        assert code == 0 and found["nodes: all-reduce"]["level"] == "ok", found
+        assert "no node has CPUs" in found["nodes: all-reduce"]["found"]
+        for name in addresses:
+            nodes.add_faulty(name, "--num-gpus=1")
+        for address in addresses.values():
+            driver = nodes.driver(tmp_path / "holds.py", address)
+            driver.says("held")
+            code, found = doctor(*asked, **nodes.environment)
+            driver.process.kill()
+            driver.wait()
+            reduced = found["nodes: all-reduce"]
+            assert code == 0 and reduced["level"] == "warning", found
+            assert "gloo: 2 processes over" in reduced["found"]
+            busy = reduced["found"].partition("nccl: in use, so not tried: ")[2]
+            assert busy.startswith(f"{address} (") and "," not in busy.partition(")")[2], found
 
 
 @pytest.mark.slow

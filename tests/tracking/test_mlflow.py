@@ -409,7 +409,6 @@ def server(tmp_path, empty_store):
     kill()
 
 
-@pytest.mark.timeout(180)
 def test_a_server_that_comes_late_gets_everything_once(storage, server, capsys):
     from mlflow import MlflowClient
 
@@ -455,7 +454,6 @@ while True:
 """
 
 
-@pytest.mark.timeout(400)
 def test_a_server_that_is_killed_and_restarted_while_training_writes(storage, server, capsys):
     """Nothing is lost and nothing double, whatever the server was doing when it was killed."""
     from mlflow import MlflowClient

@@ -58,8 +58,7 @@ def prepare(config: Config) -> Launch:
     group, subnets = _network(session)
     _profiles(session)
     variables = {"RAYMED_HOME": config.storage.rstrip("/"), "AWS_DEFAULT_REGION": session.region_name}
-    account = session.client("sts").get_caller_identity()["Account"]
-    place = {"account": account, "region": session.region_name}
+    place = {"account": _account(session), "region": session.region_name}
 
     def change(content: dict[str, Any]) -> None:
         if config.max_workers is not None:
@@ -76,8 +75,10 @@ def status(cluster: Cluster) -> Sequence[Line]:
 
 
 def down(cluster: Cluster) -> None:
-    """End all of it. Raises UserError where machines are left, or cannot be looked for; it is then still remembered."""
+    """End all of it. Raises UserError with credentials of another account, and where machines are left, or cannot be
+    looked for; it is then still remembered."""
     region = cluster.environment["AWS_DEFAULT_REGION"]
+    _check_account(cluster, _session(region))
 
     def check() -> None:
         left = machines(_session(region))
@@ -106,6 +107,20 @@ def machines(session: Any) -> list[str]:
     filters = [{"Name": "tag:ray-cluster-name", "Values": ["raymed"]}, states]
     found = session.client("ec2").describe_instances(Filters=filters)["Reservations"]
     return [instance["InstanceId"] for reservation in found for instance in reservation["Instances"]]
+
+
+def _check_account(cluster: Cluster, session: Any) -> None:
+    """Raises UserError for another account than the cluster's: no machine would be found there, as if none ran."""
+    was, now = cluster.facts.get("place", {}).get("account"), _account(session)
+    if was is not None and was != now:
+        raise UserError(
+            f"the cluster is in account {was}, and this machine's credentials are of account {now}: set AWS_PROFILE, "
+            "or log in, as it was when the cluster was brought up"
+        )
+
+
+def _account(session: Any) -> str:
+    return session.client("sts").get_caller_identity()["Account"]
 
 
 def _session(region: str | None) -> Any:

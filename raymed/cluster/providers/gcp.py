@@ -3,6 +3,7 @@
 No machine has an address of its own outside: SSH, dashboard and MLflow come through Identity-Aware Proxy.
 """
 
+import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -74,8 +75,18 @@ def status(cluster: Cluster) -> Sequence[Line]:
 
 
 def down(cluster: Cluster) -> None:
-    """End all of it. See `launcher.down`."""
-    launcher.down(cluster)
+    """End all of it. Raises UserError where machines are left, or cannot be looked for; it is then still remembered."""
+
+    def check() -> None:
+        project, zone = _place(cluster)
+        left = machines(project, zone)
+        if left:
+            raise UserError(
+                f"machines are left, and cost: gcloud compute instances delete {' '.join(left)} --project={project} "
+                f"--zone={zone}, then take the cluster down again"
+            )
+
+    launcher.down(cluster, check)
 
 
 def reached(cluster: Cluster) -> AbstractContextManager[str]:
@@ -86,6 +97,30 @@ def reached(cluster: Cluster) -> AbstractContextManager[str]:
 def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
     """See `launcher.logs`."""
     return launcher.logs(cluster)
+
+
+def machines(project: str, zone: str) -> list[str]:
+    """Names of the cluster's machines that run or will, and of those that are stopped. One that is being deleted is not
+    among them. Raises UserError where gcloud cannot say."""
+    words = ["gcloud", "--quiet", "compute", "instances", "list", f"--project={project}", f"--zones={zone}"]
+    words += ["--filter=labels.ray-cluster-name=raymed AND status!=STOPPING", "--format=value(name)"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(
+            f"gcloud could not look for machines that are left ({done.stderr.strip()[-500:]}), and they cost: mend "
+            "that and try again"
+        )
+    return done.stdout.split()
+
+
+def _place(cluster: Cluster) -> tuple[str, str]:
+    """Project and zone. One that an earlier version brought up has them in the launcher's file alone."""
+    import yaml
+
+    if place := cluster.facts.get("place"):
+        return place["project"], place["zone"]
+    provider = yaml.safe_load(Path(cluster.facts["file"]).read_text())["provider"]
+    return provider["project_id"], provider["availability_zone"]
 
 
 def _project(given: str | None) -> str:

@@ -20,6 +20,7 @@ from raymed.cluster.providers import Line
 from raymed.cluster.providers.launcher import PROJECT, check_place, need
 from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
 from raymed.cluster.state import Cluster
+from raymed.cluster.variables import read_variables
 from raymed.config import UserError
 
 FILES = PROJECT / "cluster" / "kuberay"
@@ -87,28 +88,23 @@ def up(config: Config) -> Cluster:
 
 def written(config: Config, kept: Mapping[str, str]) -> Path:
     """A folder that kubectl can apply: an overlay of cluster/kuberay with this cluster's image, settings and secrets.
+    Its folders job and serve are to be applied by the user, and have the same image and namespace.
 
     kept: secrets that stay as they are.
     """
-    import yaml
-
     folder = state.folder() / "kuberay"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-    own = _given(config.secrets) | _made(kept)
+    own = read_variables(config.secrets, "--secrets") | _made(kept)
     token = own.pop("auth_token")
     _write(folder / "secret.env", "".join(f"{name}={value}\n" for name, value in own.items()))
     _write(folder / "ray.token", token)
     name, _, tag = config.image.rpartition(":")
     if not name or "/" in tag:
         raise UserError(f"--image must be NAME:TAG, got {config.image!r}")
+    common = {"namespace": config.namespace, "images": [{"name": "raymed", "newName": name, "newTag": tag}]}
     content = {
-        "apiVersion": "kustomize.config.k8s.io/v1beta1",
-        "kind": "Kustomization",
-        "namespace": config.namespace,
-        "resources": [os.path.relpath((FILES / "overlays" / config.size).resolve(), folder.resolve())],
         "labels": [{"pairs": _OURS}],
-        "images": [{"name": "raymed", "newName": name, "newTag": tag}],
         "generatorOptions": {"disableNameSuffixHash": True, "labels": _OURS},
         "configMapGenerator": [{"name": "raymed", "literals": [f"{k}={v}" for k, v in _settings(config).items()]}],
         "secretGenerator": [
@@ -116,7 +112,10 @@ def written(config: Config, kept: Mapping[str, str]) -> Path:
             {"name": "raymed-token", "files": ["auth_token=ray.token"]},
         ],
     }
-    _write(folder / "kustomization.yaml", yaml.safe_dump(content, sort_keys=False))
+    _write_kustomization(folder, FILES / "overlays" / config.size, common | content)
+    for own_cluster in ("job", "serve"):
+        (folder / own_cluster).mkdir(exist_ok=True, mode=0o700)
+        _write_kustomization(folder / own_cluster, FILES / own_cluster, common)
     return folder
 
 
@@ -205,19 +204,13 @@ def _made(kept: Mapping[str, str]) -> dict[str, str]:
     return made
 
 
-def _given(path: Path | None) -> dict[str, str]:
-    """NAME=VALUE lines of a file. Raises UserError for a line that is none; its content is not told."""
-    if path is None:
-        return {}
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines()]
-    except OSError as error:
-        raise UserError(f"--secrets {path} cannot be read: {error.strerror}") from None
-    pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
-    for number, (name, equals, _) in enumerate(pairs, 1):
-        if not (equals and name.isidentifier()):
-            raise UserError(f"--secrets {path}: line {number} of those with a value is not NAME=VALUE")
-    return {name: value for name, _, value in pairs}
+def _write_kustomization(folder: Path, base: Path, content: Mapping[str, Any]) -> None:
+    """What makes something else of `base`."""
+    import yaml
+
+    kind = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    resources = {"resources": [os.path.relpath(base.resolve(), folder.resolve())]}
+    _write(folder / "kustomization.yaml", yaml.safe_dump(kind | resources | dict(content), sort_keys=False))
 
 
 def _settings(config: Config) -> dict[str, str]:

@@ -5,7 +5,6 @@ the variables that the machines get by it, for their owner's eyes alone, and a c
 way in is SSH through the cloud's own proxy; dashboard and MLflow are reached by tunnels that end at 127.0.0.1.
 """
 
-import logging
 import os
 import re
 import secrets
@@ -18,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymed.cluster import state
+from raymed.cluster import outgoing, state
 from raymed.cluster.providers import Line
 from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
 from raymed.cluster.state import Cluster
@@ -26,13 +25,12 @@ from raymed.config import UserError
 
 PROJECT = Path(__file__).resolve().parents[3]
 _TOKEN, _VARIABLES, _COPY = "ray.token", "node.env", "project"
-# Nothing else goes along: a project folder may hold data and secrets that are nobody else's business.
 _OF_PROJECT = ("LICENSE", "README.md", "cluster/node.sh", "pyproject.toml", "raymed")
-_LOG = logging.getLogger(__name__)
 _DASHBOARD, _MLFLOW = 8265, 5000  # on the head, whose other ports nobody but the cluster reaches
 _USER = "raymed"
 _LOGS = {
-    "autoscaler": "tail -n 40 /tmp/ray/session_latest/logs/monitor.out",
+    # What a cloud answers, what went wrong, and what is done to a machine.
+    "autoscaler": "tail -n 40 /tmp/ray/session_latest/logs/monitor.{log,err,out}",
     "gcs": "tail -n 20 /tmp/ray/session_latest/logs/gcs_server.out",
     "mlflow": "sudo journalctl --no-pager --lines 40 --unit raymed-mlflow",
 }
@@ -84,23 +82,6 @@ def written(launch: Launch) -> Path:
     path = home / f"{launch.provider}.yaml"
     _write(path, yaml.safe_dump(config, sort_keys=False))
     return path
-
-
-def of_project() -> list[str]:
-    """Files that the machines get, relative to the project folder: what node.sh installs, without links, hidden files
-    and what .gitignore and .rayignore name."""
-    from ray._private.runtime_env import packaging
-
-    found: list[str] = []
-
-    def visit(path: Path) -> None:
-        if path.is_file():
-            found.append(str(path.relative_to(PROJECT)))
-
-    left_out = [_is_hidden, *packaging.get_excludes_from_ignore_files(PROJECT, include_gitignore=True, logger=_LOG)]
-    for name in _OF_PROJECT:
-        packaging._dir_travel(PROJECT / name, left_out, visit, include_gitignore=True, logger=_LOG)
-    return sorted(found)
 
 
 def filled(text: str, values: Mapping[str, str]) -> str:
@@ -249,6 +230,7 @@ def _shared(home: Path) -> dict[str, str]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAYMED_NODE_PATIENCE": "1800",  # a spot machine that installs torch with CUDA takes longer than the usual
         "MLFLOW_TRACKING_USERNAME": _USER,
         "MLFLOW_TRACKING_PASSWORD": before.get("MLFLOW_TRACKING_PASSWORD") or secrets.token_urlsafe(24),
     }
@@ -264,16 +246,12 @@ def _of_clients(variables: Mapping[str, str], mlflow_port: int) -> dict[str, str
 
 
 def _copied(folder: Path) -> Path:
-    """`of_project`, as it is now, in a folder. Times stay, so that rsync sends only what has changed."""
+    """What node.sh installs, as it is now, in a folder. Times stay, so that rsync sends only what has changed."""
     shutil.rmtree(folder, ignore_errors=True)
-    for name in of_project():
+    for name in outgoing.files(PROJECT, _OF_PROJECT):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(PROJECT / name, folder / name)
     return folder
-
-
-def _is_hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.is_symlink()
 
 
 def _lines(variables: Mapping[str, str]) -> str:

@@ -120,13 +120,15 @@ def _check_same(cluster: Cluster, config: Config) -> None:
     """Raises UserError for flags that the cluster which is up was brought up without. A default asks for nothing."""
     have = cluster.facts | {f"{name}_port": cluster.facts["ports"][name] for name in _USUAL}
     asked = {f.name: value for f in dataclasses.fields(config) if (value := getattr(config, f.name)) != f.default}
-    other = [
-        f"--{name.replace('_', '-')}{'' if value is True else f' {value} (it has {have[name]})'}"
-        for name, value in asked.items()
-        if value != have[name]
-    ]
+    other = [_flag(name, value, have.get(name)) for name, value in asked.items() if value != have.get(name)]
     if other:
         raise UserError(f"a cluster is up without {', '.join(other)}: make cluster-down first")
+
+
+def _flag(name: str, value: object, other: object) -> str:
+    """As it was typed, and what the cluster has instead, where that was written down."""
+    flag = f"--{name.replace('_', '-')}"
+    return flag if value is True else f"{flag} {value}" + (f" (it has {other})" if other is not None else "")
 
 
 def _whole(cluster: Cluster) -> Cluster:

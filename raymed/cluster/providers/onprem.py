@@ -14,7 +14,6 @@ Ray on a host with `ray stop`, and nothing that it starts comes back after a reb
 """
 
 import dataclasses
-import os
 import re
 import secrets
 import sys
@@ -25,7 +24,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from raymed.cluster import state
-from raymed.cluster.providers import Line, onprem_host, tunnels
+from raymed.cluster.providers import Line, onprem_environment, onprem_host, tunnels
+from raymed.cluster.providers.onprem_environment import GCS, MLFLOW
 from raymed.cluster.providers.onprem_host import Machine
 from raymed.cluster.providers.ssh import Failed, Host, check_here, on_each
 from raymed.cluster.providers.tunnels import Tunnel
@@ -34,14 +34,9 @@ from raymed.cluster.state import Cluster
 from raymed.config import UserError
 
 START_SECONDS = 300.0
-_DASHBOARD, _GCS, _MLFLOW = 8265, 6379, 5000
+_DASHBOARD = 8265
 _NAME = re.compile(r"([A-Za-z0-9_][\w.-]*@)?[A-Za-z0-9][\w.:-]*")
 _PATH = re.compile(r"/[\w./+-]+")
-_OF_BUCKET = (  # what belongs together in a line
-    ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"),
-    ("AWS_ENDPOINT_URL",),
-    ("AWS_REGION", "AWS_DEFAULT_REGION"),
-)
 _AGAIN = "python -m raymed.cluster up onprem, with the flags of the first time, brings it up to date"
 
 
@@ -69,6 +64,10 @@ class Config:
     """What makes the virtual environment."""
     wheels: str | None = None
     """With --install: a folder on every host that has all packages as wheels; nothing is fetched then."""
+    environment: Path | None = None
+    """A file of NAME=VALUE lines for the services and jobs on all hosts: AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE and
+    SSL_CERT_FILE (paths there), HTTPS_PROXY, NO_PROXY, NCCL_SOCKET_IFNAME, ... None: those that the cluster has; a file
+    without lines takes them away."""
     head_works: bool = False
     """The head's host is a worker too. A single host always is; one that was, stays it until the cluster is down."""
 
@@ -99,7 +98,8 @@ def up(config: Config) -> Cluster:
     """Bring it up, or up to date: hosts that are new in the list join, those no longer in it are left.
 
     Raises UserError, for all hosts at once and before anything is written to one of them: for one that cannot be
-    reached or used, belongs to another cluster, or has no Python or other versions. Later, but before a service is
+    reached or used, belongs to another cluster, lacks a bundle of certificates that it is to use, or has no Python or
+    other versions. Later, but before a service is
     stopped or started, for storage that a host cannot write or does not share; at last, for a head that a host cannot
     reach; `down` then ends what there is. What is not in the list and cannot be ended is remembered, and told of.
     """
@@ -110,9 +110,8 @@ def up(config: Config) -> Cluster:
     number = before.facts["id"] if before else secrets.token_hex(8)
     machines = _usable(config, names, number)
     cluster = _planned(config, before, machines, number)
-    # Clients go on with the environment of before until hosts have found the new one good.
-    state.save(dataclasses.replace(cluster, environment=before.environment) if before else cluster)
-    cluster = _without_left(cluster)
+    _check_bundles(cluster, machines)
+    state.save(_untried(cluster, before) if before else cluster)
     if config.install:
         _install(config, machines)
     _put(config, cluster, machines)
@@ -154,56 +153,50 @@ def _usable(config: Config, names: Sequence[str], number: str) -> list[Machine]:
 
 def _planned(config: Config, before: Cluster | None, machines: Sequence[Machine], number: str) -> Cluster:
     """The cluster as it will be. Token, password and ports here stay what they were."""
+    variables = onprem_environment.of_user(config.environment, before)
     ports = {name: tunnels.port_for(before, name) for name in ("dashboard", "mlflow")}
     addresses = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     token = state.folder() / "token"
     if not token.is_file():
         state.write_private(token, secrets.token_hex(32))
-    password = before.environment["MLFLOW_TRACKING_PASSWORD"] if before else secrets.token_urlsafe(24)
-    environment = {
-        "RAYMED_HOME": config.storage.rstrip("/"),
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAY_API_SERVER_ADDRESS": addresses["dashboard"],
-        "MLFLOW_TRACKING_URI": addresses["mlflow"],
-        "MLFLOW_TRACKING_USERNAME": mlflow.USER,
-        "MLFLOW_TRACKING_PASSWORD": password,
-    } | _of_bucket(config, before)
+    environment = onprem_environment.of_clients(config.storage, addresses, token, before)
     names = [machine.host.name for machine in machines]
     works, worked = config.head_works or len(names) == 1, before is not None and before.facts.get("head_works", False)
     if worked and not works:
         print(f"{names[0]} stays a worker too, since jobs may run there; after `down` it need not be one", flush=True)
+    had = _all_hosts(before) if before else []
+    listed = {machine.address for machine in machines} | {name.rpartition("@")[2] for name in names}
     facts = {
+        "variables": variables,
         "id": number,
         "hosts": names,
-        "left": [host.name for host in _all_hosts(before) if host.name not in names] if before else [],
+        "left": [host.name for host in had if host.name.rpartition("@")[2] not in listed],
         "head_works": works or worked,
         "key": machines[0].host.key,
         "ssh_config": machines[0].host.config,
         "head": machines[0].address,
         "tunnels": ports,
     }
-    return Cluster("onprem", addresses, environment, before.processes if before else (), facts)
+    cluster = Cluster("onprem", addresses, environment, before.processes if before else (), facts)
+    onprem_environment.check_free(variables, cluster)
+    return cluster
 
 
-def _of_bucket(config: Config, before: Cluster | None) -> dict[str, str]:
-    """What reaches the bucket, if that is the storage: this shell's or, where it has none, what the cluster has for
-    it. A profile of this machine's means nothing to others."""
-    if not config.storage.startswith("s3://"):
-        return {}
-    known = before.environment if before else {}
-    if known.get("RAYMED_HOME") != config.storage.rstrip("/"):
-        known = {}
-    found: dict[str, str] = {}
-    for names in _OF_BUCKET:
-        source = os.environ if any(os.environ.get(name) for name in names) else known
-        found |= {name: source[name] for name in names if source.get(name)}
-    return found
+def _untried(cluster: Cluster, before: Cluster) -> Cluster:
+    """The cluster with the environment of before, until hosts have found the new one good."""
+    facts = cluster.facts | {"variables": before.facts.get("variables", {})}
+    return dataclasses.replace(cluster, environment=before.environment, facts=facts)
 
 
-def _without_left(cluster: Cluster) -> Cluster:
+def _check_bundles(cluster: Cluster, machines: Sequence[Machine]) -> None:
+    """Raises UserError, for all hosts, for certificates that the services' user cannot read on one."""
+    named = onprem_environment.bundles(cluster.facts["variables"])
+    on_each(machines, lambda machine: onprem_host.check_readable(machine, named))
+
+
+def _without_left(cluster: Cluster, machines: Sequence[Machine]) -> Cluster:
     """End the hosts that are no longer in the list; those where that failed stay remembered."""
-    errors = _ended(_hosts(cluster, "left"))
+    errors = _ended(cluster, _hosts(cluster, "left"), spared=[machine.address for machine in machines])
     for error in errors.values():
         print(f"no longer in the list, but not ended: {error}\n`up` and `down` try again", file=sys.stderr, flush=True)
     return dataclasses.replace(cluster, facts=cluster.facts | {"left": list(errors)})
@@ -226,9 +219,9 @@ def _install(config: Config, machines: list[Machine]) -> None:
 
 
 def _put(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
-    """Files and services on all hosts, the head first, once all of them can write the storage."""
+    """Files and services on all hosts, the head first, once all of them can write the storage; what was left ends."""
     token = (state.folder() / "token").read_text()
-    environment = _of_services(config, cluster)
+    environment = onprem_environment.of_services(config.venv, cluster)
     wanted: dict[str, onprem_host.Contents] = {}
     for machine in machines:
         is_head = machine is machines[0]
@@ -250,7 +243,7 @@ def _put(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
     print(f"bringing services to {len(machines)} host(s)", flush=True)
     check(machines[0])
     on_each(machines[1:], check)
-    state.save(cluster)
+    state.save(_without_left(cluster, machines))
     write(machines[0])
     on_each(machines[1:], write)
 
@@ -265,25 +258,12 @@ def _worker(machine: Machine) -> str:
     return f"worker-{machine.address}"
 
 
-def _of_services(config: Config, cluster: Cluster) -> dict[str, str]:
-    """The environment of all services, and so of jobs: what clients have, as it is seen from a host."""
-    client = {name: value for name, value in cluster.environment.items() if name != "RAY_API_SERVER_ADDRESS"}
-    return client | {
-        "PATH": f"{config.venv}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin",
-        "RAYMED_LOCAL": "/var/lib/raymed/local",
-        "RAY_AUTH_TOKEN_PATH": "/etc/raymed/token",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy",
-        "MLFLOW_TRACKING_URI": f"http://{cluster.facts['head']}:{_MLFLOW}",
-    }
-
-
 def _wait(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
     """Until all parts answer. Raises UserError, with the log of what does not."""
     until = time.monotonic() + START_SECONDS
     workers = {_worker(m) for m in machines if "raymed-worker" in _services(cluster, m is machines[0])}
     print(f"waiting for MLflow, the head and {len(workers)} worker(s)", flush=True)
-    to_head, are_reached = (config.venv, cluster.facts["head"], _GCS, _MLFLOW), False
+    to_head, are_reached = (config.venv, cluster.facts["head"], GCS, MLFLOW), False
     while True:
         try:
             mlflow.ask(cluster.environment)
@@ -355,7 +335,7 @@ def down(cluster: Cluster) -> None:
     Raises UserError where a host cannot be reached: the others are ended, and that one is still remembered.
     """
     tunnels.close(state.load() or cluster)
-    if errors := _ended(_all_hosts(cluster)):
+    if errors := _ended(cluster, _all_hosts(cluster)):
         facts = cluster.facts | {"hosts": list(errors), "left": []}
         state.save(dataclasses.replace(cluster, processes=(), facts=facts))
         told = "\n".join(errors.values())
@@ -383,13 +363,13 @@ def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
             yield host.name, str(failed)
 
 
-def _ended(hosts: Sequence[Host]) -> dict[str, str]:
-    """End what runs on hosts; the name of each where that failed, and why."""
+def _ended(cluster: Cluster, hosts: Sequence[Host], spared: Sequence[str] = ()) -> dict[str, str]:
+    """End what it runs on hosts, but for those at spared addresses; the name of each where that failed, and why."""
     errors: dict[str, str] = {}
 
     def end(host: Host) -> None:
         try:
-            onprem_host.end(host)
+            onprem_host.end(host, cluster.facts["id"], spared)
         except Failed as failed:
             errors[host.name] = str(failed)
 
@@ -413,5 +393,5 @@ def _through_tunnels(cluster: Cluster) -> Cluster:
 
 def _tunnels(cluster: Cluster) -> list[Tunnel]:
     head = _hosts(cluster)[0]
-    far = {"dashboard": f"127.0.0.1:{_DASHBOARD}", "mlflow": f"{cluster.facts['head']}:{_MLFLOW}"}
+    far = {"dashboard": f"127.0.0.1:{_DASHBOARD}", "mlflow": f"{cluster.facts['head']}:{MLFLOW}"}
     return [Tunnel(name, port, head.tunnel(port, far[name])) for name, port in cluster.facts["tunnels"].items()]

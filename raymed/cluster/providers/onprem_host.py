@@ -13,21 +13,26 @@ import shlex
 import sys
 import tarfile
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 
+from raymed.cluster import outgoing
 from raymed.cluster.providers.launcher import PROJECT, filled
 from raymed.cluster.providers.ssh import Host
 from raymed.config import UserError
 
 SERVICES = ("raymed-head", "raymed-mlflow", "raymed-worker")
+TIMER = "raymed-logs.timer"
+"""On every host: old logs go."""
+_OF_TIMER = ("raymed-logs.service", TIMER)
 UNITS = PROJECT / "cluster" / "onprem"
 _OF_PROJECT = ("pyproject.toml", "README.md", "LICENSE", "raymed")
 _PACKAGES = ("raymed", "ray", "flask-wtf")  # by the last one MLflow asks for passwords
 _INSTALL_SECONDS = 3600.0
 _TO_BE = "/run/raymed-environment"  # of services, while it is tried
 
+_ADDRESS = 'set -- $SSH_CONNECTION; echo "$3"'
 # Prints NAME=VALUE lines; <venv> is filled in.
 _SURVEY = """
 echo "system=$(uname -s)"; echo "user=$(id -un)"; echo "uid=$(id -u)"; echo "gid=$(id -g)"
@@ -177,15 +182,11 @@ def install(machine: Machine, venv: str, python: str, wheels: str | None) -> Non
 
 
 def _project() -> bytes:
-    """This project's own code, without what was made while it ran."""
-
-    def wanted(entry: tarfile.TarInfo) -> tarfile.TarInfo | None:
-        return None if entry.name.endswith("__pycache__") else entry
-
+    """This project's own code."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name in _OF_PROJECT:
-            archive.add(PROJECT / name, name, filter=wanted)
+        for name in outgoing.files(PROJECT, _OF_PROJECT):
+            archive.add(PROJECT / name, name)
     return buffer.getvalue()
 
 
@@ -206,9 +207,8 @@ def contents(
     services: tuple[str, ...], words: Mapping[str, str], token: str, environment: Mapping[str, str]
 ) -> Contents:
     """The services' units with their words filled in, and what is for their user's eyes alone."""
-    units = {
-        f"systemd/system/{name}.service": filled((UNITS / f"{name}.service").read_text(), words) for name in services
-    }
+    names = (*(f"{name}.service" for name in services), *_OF_TIMER)
+    units = {f"systemd/system/{name}": filled((UNITS / name).read_text(), words) for name in names}
     own = {"raymed/token": (token, 0o600), "raymed/environment": (_environment_file(environment), 0o600)}
     return Contents(services, {name: (text, 0o644) for name, text in units.items()} | own)
 
@@ -240,9 +240,9 @@ def write(machine: Machine, cluster: str, wanted: Contents) -> None:
         systemctl disable --quiet --now {gone} 2>/dev/null || true
         (cd systemd/system; rm -f {gone})
         systemctl daemon-reload
-        systemctl enable --quiet {services}
+        systemctl enable --quiet {services} {TIMER}
         systemctl stop {services} || true
-        systemctl start {services}
+        systemctl start {services} {TIMER}
     """
     owner = f"{getpass.getuser()} at {platform.node()}"
     last = {"raymed/cluster": (f"{mark}\n{owner}\n", 0o644)}  # says that all the rest is there
@@ -259,6 +259,19 @@ def _archive(files: Mapping[str, tuple[str, int]], machine: Machine) -> bytes:
                 entry.uid, entry.gid = machine.uid, machine.gid
             archive.addfile(entry, io.BytesIO(text.encode()))
     return buffer.getvalue()
+
+
+def check_readable(machine: Machine, paths: Mapping[str, str]) -> None:
+    """Raises UserError for files that the services' user cannot read there. paths: variable -> path."""
+    if not paths:
+        return
+    tests = " ".join(shlex.quote(f"{name}={path}") for name, path in paths.items())
+    script = f'for one in {tests}; do [ -r "${{one#*=}}" ] || echo "$one"; done'
+    if missing := machine.host.run(script).splitlines():
+        raise UserError(
+            f"{machine.host.name}: {machine.user} cannot read {', '.join(missing)} there: put the file on every host, "
+            "at the same path"
+        )
 
 
 def check_storage(machine: Machine, venv: str, cluster: str, wanted: Contents, *, is_first: bool) -> None:
@@ -278,16 +291,21 @@ def start(machine: Machine, services: tuple[str, ...]) -> None:
     as_root(machine.host, f"systemctl start {' '.join(services)}")
 
 
-def end(host: Host) -> None:
+def end(host: Host, cluster: str, spared: Collection[str] = ()) -> None:
     """End and remove its services, MLflow last, so that what jobs have to say still finds it. What was stored stays.
 
-    Nothing there is no error."""
+    Nothing there is no error. Left alone: a host of another cluster by now, and one at a spared address."""
+    if spared and host.run(_ADDRESS).strip() in spared:
+        return
     units = {name: f"{name}.service" for name in SERVICES}
+    files = " ".join([*units.values(), *_OF_TIMER])
     script = f"""
+        case "$(head -n 1 /etc/raymed/cluster 2>/dev/null)" in "" | "{cluster} "*) ;; *) exit 0 ;; esac
+        systemctl disable --quiet --now {TIMER} 2>/dev/null
         systemctl disable --quiet --now {units["raymed-head"]} {units["raymed-worker"]} 2>/dev/null
         systemctl disable --quiet --now {units["raymed-mlflow"]} 2>/dev/null
-        cd /etc/systemd/system && rm -f {" ".join(units.values())} && systemctl daemon-reload
-        systemctl reset-failed {" ".join(units.values())} 2>/dev/null
+        cd /etc/systemd/system && rm -f {files} && systemctl daemon-reload
+        systemctl reset-failed {files} 2>/dev/null
         rm -rf /etc/raymed /var/lib/raymed/ray
     """
     as_root(host, script)

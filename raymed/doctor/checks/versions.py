@@ -3,7 +3,7 @@
 import importlib
 import importlib.metadata
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from raymed.doctor import there
 from raymed.doctor.finding import Finding, failure, ok
@@ -28,16 +28,26 @@ def on_nodes(place: Place) -> Finding:
     mine = there.versions()
     with probes(as_jobs=True) as nodes:
         found, late = answers({name: node.versions.remote() for name, node in nodes.items()})
-    problems = [
-        f"{library} {theirs[library]} on {name}, {mine[library]} here"
-        for name, theirs in found.items()
-        for library in mine
-        if theirs[library] != mine[library]
-    ]
+    problems = [line for name, theirs in found.items() for line in differences(name, theirs, mine)]
     if problems or late:
         advice = "install the same on every node, into the environment that `ray start` runs in"
         return failure("; ".join([*problems, *told(late)]), advice)
     return ok(f"{len(found)} node(s) have what this machine has: {', '.join(f'{k} {v}' for k, v in mine.items())}")
+
+
+def differences(node: str, theirs: Mapping[str, str], mine: Mapping[str, str]) -> list[str]:
+    """Lines on the libraries of a node that are not this machine's. A torch for CPUs ("+cpu") and one for GPUs are the
+    same: a head without a GPU has another build than its workers."""
+    return [
+        f"{library} {theirs[library]} on {node}, {mine[library]} here"
+        for library in mine
+        if _release(library, theirs) != _release(library, mine)
+    ]
+
+
+def _release(library: str, versions: Mapping[str, str]) -> str:
+    """Its version, of torch without the build."""
+    return versions[library].partition("+")[0] if library == "torch" else versions[library]
 
 
 def _broken() -> Iterator[str]:

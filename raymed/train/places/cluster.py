@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from raymed.config import UserError
-from raymed.train.places.growth import Growth, growth
+from raymed.train.places.growth import WHO_KNOWS, Growth, growth
 
 DRIVER = "raymed_driver"
 """Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
@@ -35,7 +35,8 @@ _ENVIRONMENT = {
 
 
 _SETTINGS = ("AWS_", "MLFLOW_", "RAYMED_", "GLOO_", "NCCL_")  # names of variables that follow the work to every node
-_OF_A_NODE = ("RAYMED_LOCAL",)  # where its own disk is; whoever has none of these gets the driver's
+_OF_A_NODE = ("RAYMED_LOCAL", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""Where its own disk is, and its own network interface; whoever has none of these gets the driver's."""
 _IN_USE = "the rest is in use by other work on this cluster"
 _RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
@@ -256,7 +257,7 @@ def _tell_of_waiting(needs: Mapping[str, float], more: Growth) -> None:
         if time.monotonic() > until:
             free, total = ray.available_resources(), ray.cluster_resources()
             shown = ", ".join(f"{free.get(k, 0):g} of {total.get(k, 0):g} {k}" for k in sorted(lacking))
-            rest = f"this cluster may start {more.most} more node(s)" if more.most else _IN_USE
+            rest = f"this cluster may start {more.most} more node(s): {WHO_KNOWS}" if more.most else _IN_USE
             print(f"waiting: only {shown} is free now, {rest}", flush=True)
             return
         time.sleep(0.1)

@@ -16,6 +16,7 @@ from typing import Any
 
 from raymed.config import UserError
 
+WHO_KNOWS = "`python -m raymed.cluster logs autoscaler` tells why none comes"
 _HEAD = "raymed_head"
 _WORKERS = "raymed_workers"  # beside the limits of resources: how many workers of all kinds together
 _NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")

@@ -192,6 +192,7 @@ def _described() -> Callable[[], dict[str, str]]:
                 found[name] = importlib.metadata.version(name)
             except importlib.metadata.PackageNotFoundError:
                 found[name] = "none"
+        found["torch"] = found["torch"].partition("+")[0]  # a head without a GPU has the build for processors
         spec = importlib.util.find_spec("raymed")
         if spec is None or not spec.submodule_search_locations:
             return found | {"raymed": "none"}

@@ -32,6 +32,7 @@ from raymed.train.places.room import (
     Nodes,
     await_room,
     draining,
+    patience,
     place,
     placement_groups,
     remove_placement_groups,
@@ -93,7 +94,8 @@ class _Training:
 
     def run(self) -> bool:
         while self.unit.result() is None:
-            size = await_room(self.bundle, self.sizes, self.nodes, self._over)
+            longest = patience(self.unit.compute.node_patience)
+            size = await_room(self.bundle, self.sizes, self.nodes, self._over, longest)
             if size is None or self._over():
                 break
             with self.budget.running(self.unit.name, size * self.bundle.get("GPU", 0)):

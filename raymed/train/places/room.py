@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from raymed.config import UserError
+from raymed.train.places.growth import WHO_KNOWS, growth
 
 Bundle = dict[str, float]
 
@@ -19,9 +20,10 @@ _TRY = 2.0  # seconds in which a place that is there is found, and in which Ray 
 _LOOK = 0.5  # seconds between two looks
 
 
-def patience() -> float:
-    """Seconds that a training waits for nodes: $RAYMED_NODE_PATIENCE, else 600."""
-    return float(os.environ.get("RAYMED_NODE_PATIENCE", 600))
+def patience(stated: float | None) -> float:
+    """Seconds that a training waits for nodes: as stated (compute.node_patience), else what the cluster's nodes were
+    started with ($RAYMED_NODE_PATIENCE), else 600."""
+    return float(os.environ.get("RAYMED_NODE_PATIENCE", 600)) if stated is None else stated
 
 
 @contextmanager
@@ -36,10 +38,12 @@ def place(bundle: Bundle, count: int):
         remove_placement_group(group)
 
 
-def await_room(bundle: Bundle, sizes: Sequence[int], seen: "Nodes", over: Callable[[], bool]) -> int | None:
+def await_room(
+    bundle: Bundle, sizes: Sequence[int], seen: "Nodes", over: Callable[[], bool], longest: float
+) -> int | None:
     """The largest of `sizes` (descending) that the cluster has free room for, or None as soon as `over` says so.
 
-    Where there is no room for the smallest, a line tells of it, and after `patience` seconds UserError says what is
+    Where there is no room for the smallest, a line tells of it, and after `longest` seconds UserError says what is
     missing.
     """
     began, told = time.monotonic(), False
@@ -51,14 +55,14 @@ def await_room(bundle: Bundle, sizes: Sequence[int], seen: "Nodes", over: Callab
                 waited = time.monotonic() - began
                 if over():
                     return None
-                if waited > patience():
+                if waited > longest:
                     raise UserError(
-                        f"{seen.shortage(bundle, sizes[-1])}; waited {waited:.0f} s (RAYMED_NODE_PATIENCE=SECONDS "
-                        "changes that). Start a node, or lower --compute.workers or --compute.min-workers; the same "
-                        "command continues"
+                        f"{seen.shortage(bundle, sizes[-1])}; waited {waited:.0f} s (--compute.node-patience "
+                        "SECONDS changes that). Start a node, or lower --compute.workers or --compute.min-workers; the "
+                        "same command continues"
                     )
                 if waited > _TELL_AFTER and not told:
-                    print(f"waiting, {patience():g} s at most: {seen.shortage(bundle, sizes[-1])}", flush=True)
+                    print(f"waiting, {longest:g} s at most: {seen.shortage(bundle, sizes[-1])}", flush=True)
                     told = True
     if told:
         print(f"room for {size} workers, after {time.monotonic() - began:.0f} s: it goes on", flush=True)
@@ -123,7 +127,9 @@ class Nodes:
         needs = ", ".join(f"{amount:g} {kind}" for kind, amount in bundle.items())
         lost = f"; lost: {', '.join(self._lost.values())}" if self._lost else ""
         gone = f"; {len(leaving)} node(s) are being taken away" if leaving else ""
-        return f"this needs {count} x {needs}; the cluster has {has} on {len(nodes)} node(s){lost}{gone}"
+        more = growth(nodes).most
+        come = f"; it may start {more} more node(s): {WHO_KNOWS}" if more else ""
+        return f"this needs {count} x {needs}; the cluster has {has} on {len(nodes)} node(s){lost}{gone}{come}"
 
 
 def draining() -> set[str]:

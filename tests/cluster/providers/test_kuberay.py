@@ -1,11 +1,15 @@
 """KubeRay's provider by the real kubectl: what it applies, and what it says where it cannot. No Kubernetes runs here; a
 server on this machine answers the two questions that come before anything is made."""
 
+import base64
 import json
+import os
 import shutil
 import subprocess
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,6 +24,8 @@ CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.i
 
 @pytest.fixture(autouse=True)
 def own_state(tmp_path, monkeypatch):
+    beside = str(Path(sys.executable).parent)  # where the extra `dev` installs it
+    monkeypatch.setenv("PATH", f"{beside}{os.pathsep}{os.environ['PATH']}")
     if shutil.which("kubectl") is None:
         pytest.skip("no kubectl on this machine")
     monkeypatch.setenv("RAYMED_CLUSTER", str(tmp_path / "cluster"))
@@ -149,19 +155,41 @@ def test_secrets_of_the_namespace_stay(kubernetes):
     assert "RAYMED_SERVE_TOKEN=serve\n" in (folder / "secret.env").read_text()
 
 
+def kustomized(folder: Path) -> str:
+    """What kubectl makes of it."""
+    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "cluster"), [("job", "RayJob", "rayClusterSpec"), ("serve", "RayService", "rayClusterConfig")]
+)
+def test_a_job_and_a_service_of_their_own_have_the_image_and_namespace_of_this_up(name, kind, cluster):
+    given = config(image="registry.example:5000/raymed:7", namespace="other")
+    text = kustomized(kuberay.written(given, {}) / name)
+    [thing] = yaml.safe_load_all(text)
+    assert (thing["kind"], thing["metadata"]["namespace"]) == (kind, "other")
+    groups = [thing["spec"][cluster]["headGroupSpec"], *thing["spec"][cluster]["workerGroupSpecs"]]
+    images = [group["template"]["spec"]["containers"][0]["image"] for group in groups]
+    assert images == ["registry.example:5000/raymed:7"] * 2 and "raymed:0.1.0" not in text
+
+
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_what_is_applied(size, tmp_path):
-    (tmp_path / "keys").write_text("# of the bucket\nAWS_ACCESS_KEY_ID=ours\n\nAWS_SECRET_ACCESS_KEY=a=b\n")
+    keys = (
+        "# of the bucket\nAWS_ACCESS_KEY_ID=ours\n\nAWS_SECRET_ACCESS_KEY=a=b\nAWS_ENDPOINT_URL=http://s3.house:9000\n"
+    )
+    (tmp_path / "keys").write_text(keys)
     given = config(size=size, image="registry.example:5000/raymed:7", secrets=tmp_path / "keys", namespace="other")
     folder = kuberay.written(given, {})
     assert folder.stat().st_mode & 0o777 == 0o700
-    assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.iterdir())
-    done = subprocess.run(["kubectl", "kustomize", str(folder)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    things = list(yaml.safe_load_all(done.stdout))
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.rglob("*") if path.is_file())
+    text = kustomized(folder)
+    things = list(yaml.safe_load_all(text))
     assert {thing["metadata"]["namespace"] for thing in things} == {"other"}
     assert all(thing["metadata"]["labels"]["app.kubernetes.io/part-of"] == "raymed" for thing in things)
-    assert done.stdout.count("image: registry.example:5000/raymed:7") == {"small": 3, "large": 4}[size]
+    assert text.count("image: registry.example:5000/raymed:7") == {"small": 3, "large": 4}[size]
     settings = next(thing["data"] for thing in things if thing["kind"] == "ConfigMap")
     assert settings["RAYMED_HOME"] == "s3://bucket/prefix" and not [name for name in settings if "PASSWORD" in name]
     secret, token = (
@@ -169,6 +197,7 @@ def test_what_is_applied(size, tmp_path):
         for name in ("raymed", "raymed-token")
     )
     assert set(token) == {"auth_token"}
+    assert base64.b64decode(secret["AWS_ENDPOINT_URL"]) == b"http://s3.house:9000"
     assert secret["AWS_SECRET_ACCESS_KEY"] == "YT1i" and "MLFLOW_TRACKING_PASSWORD" in secret
 
     clients = kuberay._of_clients(given, 1234)

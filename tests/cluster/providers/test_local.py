@@ -248,6 +248,16 @@ def test_a_flag_that_the_cluster_which_is_up_was_brought_up_without_is_refused()
             local.up(config)
 
 
+def test_a_cluster_of_which_less_is_written_down_is_no_error_of_ours():
+    """As an earlier version wrote it."""
+    cluster = brought_up()
+    for name in ("workers", "cpus"):
+        del cluster.facts[name]
+    state.save(cluster)
+    with pytest.raises(UserError, match="is up without --workers 2: make cluster-down first"):
+        local.up(local.Config(workers=2))
+
+
 class Other(BaseHTTPRequestHandler):
     """A program at Serve's port, or a Serve that is not well."""
 

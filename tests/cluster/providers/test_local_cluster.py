@@ -26,7 +26,7 @@ from raymed.config import UserError
 from raymed.serve.access.tokens import add_token
 from raymed.storage import server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), needs_programs]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, needs_programs]
 
 _spec = importlib.util.spec_from_file_location("registry_fixtures", REPO / "tests" / "registry" / "conftest.py")
 assert _spec and _spec.loader

@@ -15,7 +15,7 @@ from raymed.cluster.providers import local
 from raymed.cluster.services import mlflow, s3
 from raymed.storage import server
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), needs_programs]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, needs_programs]
 
 
 @pytest.fixture

@@ -1,16 +1,20 @@
 """The on-prem provider before there is a cluster: its files, and hosts that cannot be used (`onprem_hosts`)."""
 
 import dataclasses
+import os
+import shlex
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 from onprem_hosts import Hosts, check_possible, make_venv
 
 from raymed.cluster import state
-from raymed.cluster.providers import onprem, onprem_host, ssh
+from raymed.cluster.providers import onprem, onprem_environment, onprem_host, ssh
+from raymed.cluster.state import Cluster
 from raymed.config import UserError
 
 WORDS = {"user": "root", "venv": "/usr", "head": "10.0.0.1", "address": "10.0.0.2", "name": "worker", "logs": "true"}
@@ -65,13 +69,57 @@ def test_units_are_what_systemd_takes(tmp_path):
         pytest.skip("no systemd-analyze: apt install systemd")
     paths = []
     for name, (text, _) in onprem_host.contents(onprem_host.SERVICES, WORDS, "token", SECRETS).files.items():
-        if name.endswith(".service"):
+        if name.startswith("systemd/"):
             paths.append(tmp_path / Path(name).name)
             paths[-1].write_text(text.replace("/usr/bin/python ", "/usr/bin/env python "))
-    assert len(paths) == 3
+    assert len(paths) == 5
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *map(str, paths)], capture_output=True, text=True)
     complaints = [line for line in done.stderr.splitlines() if "raymed" in line]
     assert done.returncode == 0 and not complaints, done.stderr
+
+
+def lines_of(unit: str, setting: str, root: Path) -> list[list[str]]:
+    """The commands of a unit, with another folder in the place of /var/lib/raymed/ray."""
+    text, _ = onprem_host.contents(("raymed-head", "raymed-worker"), WORDS, "token", {}).files[f"systemd/system/{unit}"]
+    found = [line.removeprefix(f"{setting}=-") for line in text.splitlines() if line.startswith(f"{setting}=-")]
+    return [shlex.split(line.replace("/var/lib/raymed/ray", str(root))) for line in found]
+
+
+@pytest.mark.parametrize("unit", ["raymed-head.service", "raymed-worker.service"])
+def test_three_sessions_stay_when_a_node_starts(tmp_path, unit):
+    for age, name in enumerate(("session_2026-03", "session_2026-01", "session_2026-04", "session_2026-02")):
+        (tmp_path / name / "logs").mkdir(parents=True)
+        os.utime(tmp_path / name, (10**9 - age, 10**9 - age))
+    (tmp_path / "session_latest").symlink_to("session_2026-03")
+    (tmp_path / "kept").mkdir()
+    [command] = lines_of(unit, "ExecStartPre", tmp_path)
+    subprocess.run(command, check=True)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"session_2026-03", "session_2026-01", "session_2026-04", "session_latest", "kept"}
+    subprocess.run(command, check=True)
+    assert {path.name for path in tmp_path.iterdir()} == left
+
+
+def test_logs_that_nobody_writes_go_while_a_node_runs(tmp_path):
+    """Not those that a process has open, however silent it is; nor anything beside the logs."""
+    logs = tmp_path / "session_2026-01" / "logs"
+    old = ["logs/worker-ended.out", "logs/serve/replica.log", "logs/raylet.out"]
+    others = ["logs/worker-new.out", "sockets/kept", "logs/old/.keep"]
+    for name in (*old, *others):
+        path = logs.parent / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    month = time.time() - 32 * 86400
+    for name in (*old, "sockets/kept"):
+        os.utime(logs.parent / name, (month, month))
+    with (logs / "raylet.out").open("a"):
+        commands = lines_of("raymed-logs.service", "ExecStart", tmp_path)
+        for command in commands:
+            subprocess.run(command, check=False, stderr=subprocess.DEVNULL)
+    assert len(commands) == 2
+    left = {str(path.relative_to(logs.parent)) for path in logs.parent.rglob("*") if path.is_file()}
+    assert left == {"logs/raylet.out", *others}
+    assert (logs / "serve").is_dir() and abs((logs / "raylet.out").stat().st_mtime - month) < 1
 
 
 def test_secrets_are_in_files_of_their_owner_alone():
@@ -113,7 +161,7 @@ def test_keys_of_a_bucket_go_along_and_a_profile_does_not(monkeypatch):
         config = onprem.Config(storage, ("a",))
         machine = onprem_host.Machine(ssh.Host("a"), "root", 0, 0, "10.0.0.1")
         cluster = onprem._planned(config, None, [machine], "id")
-        return {name for name in onprem._of_services(config, cluster) if name.startswith("AWS_")}
+        return {name for name in onprem_environment.of_services(config.venv, cluster) if name.startswith("AWS_")}
 
     assert environment("s3://bucket/raymed") == {"AWS_ACCESS_KEY_ID", "AWS_ENDPOINT_URL"}
     assert environment("/shared") == set()
@@ -142,6 +190,49 @@ def test_a_shell_without_the_keys_leaves_the_clusters_own(monkeypatch):
     lasting = {"AWS_ACCESS_KEY_ID": "k2", "AWS_SECRET_ACCESS_KEY": "s2"}
     assert environment_of_before(monkeypatch, same, lasting) == lasting | {"AWS_ENDPOINT_URL": "e"}, "no old session"
     assert environment_of_before(monkeypatch, "s3://other/raymed", {}) == {}, "they were for another bucket"
+
+
+def planned(before: Cluster | None, **flags) -> Cluster:
+    machine = onprem_host.Machine(ssh.Host("a"), "root", 0, 0, "10.0.0.1")
+    return onprem._planned(onprem.Config("s3://bucket/raymed", ("a",), **flags), before, [machine], "id")
+
+
+def test_variables_of_a_file_reach_services_and_no_client(tmp_path):
+    """Paths and proxies are the hosts'. They stay until another file is given."""
+    path = tmp_path / "variables"
+    path.write_text("# ours\nAWS_CA_BUNDLE=/etc/ssl/house.pem\n\nNO_PROXY=10.0.0.1,10.0.0.2\n")
+
+    def added(cluster: Cluster) -> dict[str, str]:
+        text, _ = onprem_host.contents((), WORDS, "t", onprem_environment.of_services("/v", cluster)).files[
+            "raymed/environment"
+        ]
+        lines = dict(line.split("=", 1) for line in text.splitlines())
+        return {name: lines[name] for name in ("AWS_CA_BUNDLE", "NO_PROXY") if name in lines}
+
+    cluster = planned(None, environment=path)
+    assert added(cluster) == {"AWS_CA_BUNDLE": '"/etc/ssl/house.pem"', "NO_PROXY": '"10.0.0.1,10.0.0.2"'}
+    assert not {"AWS_CA_BUNDLE", "NO_PROXY"} & cluster.environment.keys()
+    assert added(planned(cluster)) == added(cluster)
+    path.write_text("")
+    assert added(planned(cluster, environment=path)) == {}
+
+
+@pytest.mark.parametrize(
+    "line, told",
+    [
+        ("MLFLOW_TRACKING_PASSWORD=mine", "may not set MLFLOW_TRACKING_PASSWORD: raymed does so itself"),
+        ("PATH=/bin\nRAYMED_HOME=/there", "may not set PATH, RAYMED_HOME: "),
+        ("RAY_API_SERVER_ADDRESS=http://there", "may not set RAY_API_SERVER_ADDRESS: "),
+        ("MLFLOW_SERVER_ENABLE_JOB_EXECUTION=true", "may not set MLFLOW_SERVER_ENABLE_JOB_EXECUTION: "),
+        ("AWS_REGION=here", "may not set AWS_REGION: .*this shell's variables"),
+        ("SSL_CERT_FILE=house.pem", "SSL_CERT_FILE must be an absolute path on the hosts, got 'house.pem'"),
+        ("HTTPS_PROXY", "--environment .*variables: line 1 of those with a value is not NAME=VALUE"),
+    ],
+)
+def test_variables_that_cannot_be_added(tmp_path, line, told):
+    (tmp_path / "variables").write_text(line)
+    with pytest.raises(UserError, match=told):
+        planned(None, environment=tmp_path / "variables")
 
 
 def test_the_list_of_hosts(tmp_path):
@@ -242,6 +333,34 @@ def test_a_user_who_may_not_install_services(hosts):
     hosts.inside("beta", "chown", "-R", "plain", "/home/plain/.ssh")
     named = dataclasses.replace(config(hosts), hosts=(f"plain@{hosts.address('beta')}",))
     assert "plain may not use sudo without a password" in refused(named)
+
+
+def test_a_bundle_that_hosts_do_not_have(hosts, tmp_path):
+    """Nothing is written to a host then, and all are told of."""
+    (tmp_path / "variables").write_text("AWS_CA_BUNDLE=/srv/house's.pem\nREQUESTS_CA_BUNDLE=/etc/hostname")
+    said = refused(config(hosts, "alpha", "beta", environment=tmp_path / "variables"))
+    told = "root cannot read AWS_CA_BUNDLE=/srv/house's.pem there: put the file on every host, at the same path"
+    assert said.splitlines() == [f"{hosts.address(name)}: {told}" for name in ("alpha", "beta")]
+
+
+def test_a_host_cleans_its_logs_each_day_until_it_is_ended(hosts):
+    """By its own systemd; no service is there but the timer's."""
+    host = ssh.Host(hosts.address("alpha"), str(hosts.key), str(hosts.config))
+    machine = onprem_host.survey(host, str(hosts.folder / "venv"))
+    onprem_host.write(machine, "id", onprem_host.contents((), WORDS, "t", {}))
+    assert hosts.inside("alpha", "systemctl", "is-active", onprem_host.TIMER) == "active\n"
+    logs = "/var/lib/raymed/ray/session_2026-01/logs"
+    make = f"mkdir -p {logs} && cd {logs} && touch new && touch -d '32 days ago' old"
+    hosts.inside("alpha", "sh", "-c", make)
+    hosts.inside("alpha", "systemctl", "start", "raymed-logs.service")
+    assert hosts.inside("alpha", "ls", logs) == "new\n"
+    onprem_host.end(host, "other")
+    onprem_host.end(host, "id", spared=[machine.address])
+    assert hosts.inside("alpha", "systemctl", "is-active", onprem_host.TIMER) == "active\n"
+    onprem_host.end(host, "id")
+    assert hosts.inside("alpha", "systemctl", "list-units", "--all", "--plain", "--no-legend", "raymed-*") == ""
+    left = "find /etc/raymed /var/lib/raymed/ray /etc/systemd -name 'raymed*' 2>/dev/null || true"
+    assert hosts.inside("alpha", "sh", "-c", left) == ""
 
 
 def test_a_host_of_another_cluster(hosts):

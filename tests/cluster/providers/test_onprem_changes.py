@@ -3,6 +3,8 @@ what they would run is looked at. Real ones are in test_onprem_cluster.py."""
 
 import io
 import json
+import shlex
+import subprocess
 import tarfile
 from collections.abc import Mapping
 
@@ -18,29 +20,39 @@ class Hosts:
 
     def __init__(self):
         self.etc: dict[str, dict[str, str]] = {}
+        self.names: dict[str, str] = {}
+        """Other names of hosts -> theirs."""
+        self.ended: list[str] = []
         self.stopped: list[str] = []
         self.unreachable: set[str] = set()
         self.bad_keys: set[str] = set()
+        self.unreadable: set[str] = set()
 
     def run(self, host: ssh.Host, script: str, data: bytes = b"", seconds: float = 0.0) -> str:
-        files = self.etc.setdefault(host.name, {})
+        name = self.names.get(host.name, host.name)
+        files = self.etc.setdefault(name, {})
         if host.name in self.unreachable:
             raise ssh.Failed(f"{host.name}: cannot be reached")
         if "uname" in script:
-            return "\n".join(f"{name}={value}" for name, value in self.found(host.name).items())
+            return "\n".join(f"{name}={value}" for name, value in self.found(name).items())
+        if "SSH_CONNECTION" in script:
+            return f"{name}\n"
+        if "[ -r" in script:
+            return "AWS_CA_BUNDLE=/etc/house.pem\n" if name in self.unreadable else ""
         if "systemd-run" in script:
             environment = data.decode() or files["raymed/environment"]
             if any(f'"{key}"' in environment for key in self.bad_keys):
                 raise ssh.Failed(f"{host.name}: the bucket does not take these keys")
-        elif "rm -rf /etc/raymed" in script:
+        elif "rm -rf /etc/raymed" in script and _goes_on(script, files.get("raymed/cluster", "")):
             files.clear()
+            self.ended.append(name)
         elif "tar -x" in script:
             with tarfile.open(fileobj=io.BytesIO(data)) as archive:
                 files |= {entry.name: archive.extractfile(entry).read().decode() for entry in archive}  # pyright: ignore
-            self.stopped.append(host.name)
+            self.stopped.append(name)
             assert 0 < script.index("systemctl stop") < script.index("systemctl start")
         elif "is-active" in script:
-            return "\n".join(f"{name} active" for name in self.services(host.name))
+            return "\n".join(f"{service} active" for service in self.services(name))
         return ""
 
     def found(self, name: str) -> Mapping[str, object]:
@@ -50,12 +62,20 @@ class Hosts:
         return machine | {"address": name, "mark": mark, "owner": owner, "versions": versions}
 
     def services(self, name: str) -> set[str]:
-        units = [path for path in self.etc.get(name, {}) if path.endswith(".service")]
-        return {path.rpartition("/")[2].removesuffix(".service") for path in units}
+        units = {path.rpartition("/")[2] for path in self.etc.get(name, {})}
+        return {service for service in onprem_host.SERVICES if f"{service}.service" in units}
 
     def nodes(self, *_) -> dict[str, dict]:
         workers = [name for name in self.etc if "raymed-worker" in self.services(name) and name not in self.unreachable]
         return {name: {} for name in ("head", *(f"worker-{name}" for name in workers))}
+
+
+def _goes_on(script: str, mark: str) -> bool:
+    """Whether a script gets as far as systemctl, by a real shell, on a host with this mark."""
+    first = shlex.split(script)[-1].partition("systemctl")[0].replace("/etc/raymed/cluster", "-")
+    return (
+        subprocess.run(["sh", "-c", f"{first}\necho on"], input=mark, capture_output=True, text=True).stdout == "on\n"
+    )
 
 
 @pytest.fixture
@@ -76,8 +96,8 @@ def hosts(tmp_path, monkeypatch):
     return hosts
 
 
-def up(*names: str) -> state.Cluster:
-    return onprem.up(onprem.Config("s3://bucket/raymed", names))
+def up(*names: str, **flags) -> state.Cluster:
+    return onprem.up(onprem.Config("s3://bucket/raymed", names, **flags))
 
 
 def test_keys_that_the_bucket_does_not_take_stop_no_service(hosts, monkeypatch):
@@ -90,6 +110,35 @@ def test_keys_that_the_bucket_does_not_take_stop_no_service(hosts, monkeypatch):
         up("a", "b")
     assert hosts.stopped == [] and json.dumps(hosts.etc) == lay
     assert state.required().environment == before.environment, "clients go on with the keys that work"
+
+
+def test_certificates_that_a_host_does_not_have_change_nothing(hosts, tmp_path):
+    """Nor does the next `up` without the file bring them."""
+    up("a", "b")
+    before, lay = state.required(), json.dumps(hosts.etc)
+    hosts.stopped.clear()
+    hosts.unreadable = {"b"}
+    (tmp_path / "variables").write_text("AWS_CA_BUNDLE=/etc/house.pem")
+    with pytest.raises(UserError, match="^b: root cannot read AWS_CA_BUNDLE=/etc/house.pem there"):
+        up("a", "b", environment=tmp_path / "variables")
+    assert hosts.stopped == [] and json.dumps(hosts.etc) == lay and state.required() == before
+
+
+def test_variables_with_which_the_storage_fails_are_forgotten(hosts, tmp_path):
+    up("a", "b")
+    hosts.stopped.clear()
+    hosts.bad_keys = {"/etc/other.pem"}
+    (tmp_path / "variables").write_text("AWS_CA_BUNDLE=/etc/other.pem")
+    with pytest.raises(UserError, match="does not take"):
+        up("a", "b", environment=tmp_path / "variables")
+    assert state.required().facts["variables"] == {}
+    up("a", "b")
+    assert hosts.stopped == []
+    hosts.bad_keys = set()
+    up("a", "b", environment=tmp_path / "variables")
+    up("a", "b")
+    assert hosts.stopped == ["a", "b"]
+    assert all('AWS_CA_BUNDLE="/etc/other.pem"' in hosts.etc[name]["raymed/environment"] for name in ("a", "b"))
 
 
 def test_a_shell_without_keys_stops_no_service(hosts, monkeypatch):
@@ -170,3 +219,62 @@ def test_a_left_host_that_is_in_the_list_again_is_a_host(hosts):
     cluster = up("a", "b")
     assert (cluster.facts["hosts"], cluster.facts["left"]) == (["a", "b"], [])
     assert hosts.services("b") == {"raymed-worker"}
+
+
+def of_others(hosts, name: str) -> dict[str, str]:
+    """A host that was set up anew, and joined another cluster."""
+    etc = {"raymed/cluster": "other 1234\nkim at desk\n", "systemd/system/raymed-worker.service": "theirs"}
+    hosts.etc[name] = dict(etc)
+    return etc
+
+
+def test_a_left_host_that_joined_another_cluster_is_left_alone(hosts):
+    up("a", "b", "c")
+    hosts.unreachable = {"b"}
+    up("a", "c")
+    hosts.unreachable = set()
+    theirs = of_others(hosts, "b")
+    cluster = up("a", "c")
+    assert hosts.etc["b"] == theirs and cluster == state.required() and "b" not in hosts.ended
+    assert state.required().facts["left"] == []
+
+
+def test_down_leaves_a_host_of_another_cluster_alone(hosts):
+    up("a", "b")
+    theirs = of_others(hosts, "b")
+    onprem.down(state.required())
+    assert hosts.etc == {"a": {}, "b": theirs} and state.load() is None
+
+
+@pytest.mark.parametrize("reached", [True, False])
+def test_a_host_of_another_users_name_in_the_list_goes_on(hosts, reached):
+    """Though the name of before may lead there no more."""
+    hosts.names = {"b": "10.0.0.2", "root@b": "10.0.0.2"}
+    up("a", "b")
+    hosts.stopped.clear()
+    hosts.unreachable = set() if reached else {"b"}
+    up("a", "root@b")
+    assert hosts.services("10.0.0.2") == {"raymed-worker"} and hosts.stopped == hosts.ended == []
+    assert (state.required().facts["hosts"], state.required().facts["left"]) == (["a", "root@b"], [])
+
+
+def test_a_host_of_another_name_in_the_list_goes_on(hosts):
+    """One that only the host itself can tell to be the same."""
+    hosts.names = {"node-2": "10.0.0.2", "second": "10.0.0.2"}
+    up("a", "node-2")
+    hosts.stopped.clear()
+    up("a", "second")
+    assert hosts.services("10.0.0.2") == {"raymed-worker"} and hosts.stopped == hosts.ended == []
+    assert state.required().facts["left"] == []
+
+
+def test_hosts_that_were_left_go_on_until_the_storage_is_good(hosts, monkeypatch):
+    up("a", "b", "c")
+    hosts.bad_keys = {"bad"}
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "bad")
+    with pytest.raises(UserError, match="does not take these keys"):
+        up("a", "c")
+    assert hosts.services("b") == {"raymed-worker"} and state.required().facts["left"] == ["b"]
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "good")
+    up("a", "c")
+    assert hosts.ended == ["b"] and state.required().facts["left"] == []

@@ -15,7 +15,7 @@ from raymed.cluster.providers import onprem, onprem_host
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 PATIENCE = 300.0
 JOB = """
 import os, socket, mlflow, ray
@@ -169,6 +169,7 @@ def test_a_reboot_is_survived(hosts, cluster):
     assert "cannot be reached" in told[hosts.address("alpha")] and "dashboard" in told
     hosts.boot("alpha")
     wait_for(lambda: not down(cluster) and nodes(cluster) == all_nodes(hosts), PATIENCE, "all of it is back")
+    assert hosts.inside("alpha", "systemctl", "is-active", onprem_host.TIMER) == "active\n"
     assert runs(cluster) == 1
 
 

@@ -6,6 +6,7 @@ import yaml
 from raymed.config import UserError
 from raymed.train.places import growth as module
 from raymed.train.places.growth import Growth, _beyond, described, read
+from raymed.train.places.room import Nodes
 
 HEAD = {"CPU": 0.0, "raymed_driver": 1000.0, "memory": 1e9}
 GPU = {"CPU": 8.0, "GPU": 1.0, "memory": 3e10, "node:10.0.0.2": 1.0}
@@ -44,6 +45,23 @@ def test_no_more_come_than_all_together_may():
 def test_without_an_autoscaler_nothing_comes():
     assert _beyond(None, [HEAD]) == Growth()
     assert Growth().best(len) == []
+
+
+@pytest.mark.parametrize(("config", "said"), [(None, False), (CONFIG, True), (CONFIG | {"max_workers": 0}, False)])
+def test_who_waits_is_told_where_it_is_said_why_no_node_comes(config, said, monkeypatch):
+    """Only where one may come: elsewhere there is no autoscaler to ask."""
+    import ray
+    from ray._private.state import state
+
+    head = {"Alive": True, "NodeID": "0" * 56, "NodeName": "head", "Resources": HEAD}
+    monkeypatch.setattr(ray, "nodes", lambda: [head])
+    monkeypatch.setattr(ray, "available_resources", lambda: HEAD)
+    monkeypatch.setattr(state, "get_draining_nodes", dict)
+    monkeypatch.setattr(state, "get_cluster_config", lambda: config and described(config))
+    line = Nodes().shortage({"CPU": 1.0, "GPU": 1.0}, 2)
+    assert line.startswith("this needs 2 x 1 CPU, 1 GPU; the cluster has 0 CPU (0 free), 0 GPU (0 free) on 1 node(s)")
+    command = "; it may start 3 more node(s): `python -m raymed.cluster logs autoscaler` tells why none comes"
+    assert line.endswith(command) == said and ("autoscaler" in line) == said
 
 
 @pytest.mark.parametrize("config", [None, "a word", {}, CONFIG | {"max_workers": "many"}, {"max_workers": 2}])
