@@ -8,7 +8,7 @@ import pytest
 from faults import TWO, Training, beside, check_survived, check_tracked, fault_step, images, kill
 from nodes import wait_for
 
-pytestmark = pytest.mark.ray
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
 STEPS = 240
 PLAIN = "--compute.engine=torch"  # which starts fastest; the other tests of faults have DeepSpeed
 

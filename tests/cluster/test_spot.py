@@ -151,6 +151,7 @@ while True:
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_a_notice_ends_the_node_and_its_work_goes_to_the_other(tmp_path, metadata):
     script = tmp_path / "work.py"
     script.write_text(WORK)
@@ -182,6 +183,7 @@ def test_a_notice_ends_the_node_and_its_work_goes_to_the_other(tmp_path, metadat
 
 
 @pytest.mark.ray
+@pytest.mark.slow
 def test_the_watcher_finds_its_own_node(tmp_path, metadata):
     """The only one with this machine's address."""
     metadata.documents[PREEMPTED] = "TRUE"

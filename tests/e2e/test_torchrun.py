@@ -16,6 +16,7 @@ from home import TINY, wait_for
 
 from raymed.tracking.outbox import Outbox
 
+pytestmark = pytest.mark.slow
 TRAIN = (*TINY, "--method=asl", "--single.steps=120", "--single.optim.lr=2e-4", "--model.norm=group", "--name=one")
 TWO = ("--compute.zero-stage=2",)
 
@@ -34,7 +35,7 @@ def by_torchrun(home, tmp_path_factory):
     launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--rdzv-backend=c10d")
     command = (*launcher, "--rdzv-endpoint=127.0.0.1:0", "jobs/train_classifier.py", *TRAIN, *TWO)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    ended = subprocess.run((*command, f"--storage={storage}"), cwd=home.code, env=home.env, timeout=240, **pipes)
+    ended = subprocess.run((*command, f"--storage={storage}"), cwd=home.code, env=home.env, timeout=600, **pipes)
     assert ended.returncode == 0, ended.stdout
     return storage / "runs" / "one", ended.stdout
 
@@ -96,7 +97,6 @@ def test_torchrun_gives_the_run_of_one_process(by_torchrun, alone):
     assert json.loads((run / "summary.json").read_text())["config"]["compute"]["workers"] == 2
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_the_same_command_continues(start, by_torchrun, tmp_path):
     whole, _ = by_torchrun
     run = tmp_path / "runs" / "one"
@@ -122,7 +122,6 @@ def test_a_signal_to_one_stops_all_and_the_same_command_continues(start, by_torc
     assert (run / weights).read_bytes() == (whole / weights).read_bytes()
 
 
-@pytest.mark.slow
 def test_without_rank_0_the_others_end(start, tmp_path):
     processes = start("train_classifier", *TRAIN)
     wait_for(lambda: _trains(tmp_path / "runs" / "one"), 120, "first loss")
@@ -132,7 +131,6 @@ def test_without_rank_0_the_others_end(start, tmp_path):
     assert code == 1 and "rank 1: rank 0 is gone" in output
 
 
-@pytest.mark.slow
 def test_without_another_rank_0_says_so(start, tmp_path):
     processes = start("train_classifier", *TRAIN)
     wait_for(lambda: _trains(tmp_path / "runs" / "one"), 120, "first loss")
