@@ -29,7 +29,9 @@ def project(tmp_path):
 
 def make(project: Path, *words: str) -> subprocess.CompletedProcess:
     """As typed in a shell."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "OFFLINE", "ARGS"))}
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS", "OFFLINE", "ARGS"))
+    }
     command = ["make", "--no-print-directory", *words]
     return subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=60)
 
