@@ -199,12 +199,16 @@ def restrict(
     why: str = NOT_STATED,
     audit: Audit | None = None,
 ) -> None:
-    """Put the mark back. Raises UserError for a version that has no use, and so was never released."""
+    """Put the mark back: on the version at once, which servers go by, then in its bundle and card. Raises UserError for
+    a version that has no use, and so was never released."""
     if not is_stated(version.tags.get(INTENDED_USE, NOT_STATED)):
         raise UserError(f"{version.name} version {version.version} was never released: it is for research only")
     intended_use, record = version.tags[INTENDED_USE], _described("restrict", version, version, version, by, why)
-    with _made_anew(client, version, intended_use, NOT_STATED) as made:
-        with alone(audit), on_record(client, audit, version, record):
+    with alone(audit), on_record(client, audit, version, record):
+        client.set_model_version_tag(version.name, version.version, RELEASED, NOT_STATED)
+    with _made_anew(client, version, intended_use, NOT_STATED) as made, alone(audit):
+        now = client.get_model_version(version.name, version.version)
+        if not is_released(now) and now.tags.get(INTENDED_USE) == intended_use:  # nobody has decided again meanwhile
             _write_use_and_release(client, version, intended_use, NOT_STATED, made)
 
 

@@ -208,7 +208,9 @@ def answer_case(predictor: Predictor, case: Case, root: Path | None = None) -> A
     together = predictor.case([*predictions.values()]) if predictions else None
     rows = [_image_row(case, image, predictions.get(image.name), problems) for image in case.images]
     reasons = [*_reasons(predictor, predictions, together, problems)]
+    unread = any(image.name in problems and not image.problem for image in case.images)
     told = predictor.answer(together)[0] if together else ""
+    told = "abstain" if told and unread else told  # what the image shows may have changed the answer
     return Answer(_case_row(case, together, told, reasons), tuple(rows))
 
 

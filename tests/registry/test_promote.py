@@ -12,7 +12,7 @@ from raymed.registry import RegisterConfig, register
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.gates import Gate
-from raymed.registry.promote import is_released, promote, promotions, roll_back
+from raymed.registry.promote import is_released, promote, promotions, release, restrict, roll_back
 from raymed.registry.register import IDENTITY, add, identity
 from raymed.registry.store import fetch_bundle, version_of
 
@@ -193,6 +193,27 @@ def test_a_version_that_cannot_be_fetched_is_restricted_all_the_same(registered,
     code, _, error = command(["--model", "m", "--version", "1", "--restrict"])
     assert code == 2 and "model.safetensors is missing" in " ".join(error.split())
     assert not is_released(version_of(registered, "m", 1)), "servers go by the version's tag"
+
+
+def test_servers_restrict_a_version_before_its_bundle_is_fetched_and_a_release_meanwhile_stays(registered, monkeypatch):
+    def released():
+        return is_released(version_of(registered, "m", 1))
+
+    def release_it():
+        release(registered, version_of(registered, "m", 1), "triage", by="the board", why="study 12")
+
+    release_it()
+    seen = []
+
+    def fetch(client, uri, into):
+        seen.append(released())
+        monkeypatch.undo()
+        release_it()
+        return fetch_bundle(client, uri, into)
+
+    monkeypatch.setattr("raymed.registry.promote.fetch_bundle", fetch)
+    restrict(registered, version_of(registered, "m", 1))
+    assert seen == [False] and released(), "the later decision"
 
 
 def test_a_use_that_changed_at_this_moment_is_decided_about_again(registered):

@@ -104,7 +104,8 @@ def test_images_that_cannot_be_used_are_listed_and_their_cases_answered_from_the
     }
     rows = read_rows(done.path).set_index("case")
     one, none = rows.loc["C-003"], rows.loc["C-004"]
-    assert "fewer images than usual: 1 of 2" in one["reasons"] and one["score"]
+    assert "fewer images than usual: 1 of 2" in one["reasons"] and one["score"] and one["decision"]
+    assert one["answer"] == "abstain", "nobody knows what the other one shows"
     assert "not used: 003_left.png (truncated or damaged)" in one["reasons"]
     assert not none["score"] and not none["decision"] and none["reasons"].startswith("no image can be used; ")
     assert not rows["reasons"].drop(["C-003", "C-004"]).str.contains("usual|not used").any()

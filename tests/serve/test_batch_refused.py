@@ -5,10 +5,12 @@ import threading
 from contextlib import contextmanager
 from dataclasses import replace
 
+import pytest
 import torch
 from batch_example import JOBS, ask, case_bundle, config, ended, root, started
 from waiting import until
 
+from raymed.serve.config import Limits
 from raymed.serve.jobs import runner
 
 __all__ = ["case_bundle", "config", "root"]
@@ -40,6 +42,20 @@ def failing_device(client):
     with answered_by(client, network):
         yield
     engine.device = device
+
+
+@contextmanager
+def hanging_device(client):
+    """Let the device hang at the next image of the model, and compute nothing else meanwhile."""
+    go = threading.Event()
+
+    def network(batch):
+        go.wait()
+        return batch
+
+    with answered_by(client, network):
+        yield
+        go.set()
 
 
 @contextmanager
@@ -75,13 +91,15 @@ def test_a_job_whose_image_is_refused_for_long_fails_and_the_next_is_done(config
         assert ended(client, ask(client).json()["id"])["state"] == "succeeded"
 
 
-def test_jobs_of_a_server_whose_device_has_failed_are_left_to_another(config, monkeypatch):
+@pytest.mark.parametrize("device", [failing_device, hanging_device])
+def test_jobs_of_a_server_whose_device_has_failed_are_left_to_another(device, config, monkeypatch):
     monkeypatch.setattr(runner, "_PATIENCE_S", 0.05)
     monkeypatch.setattr(runner, "_LOOK_S", 0.05)
     monkeypatch.setattr("raymed.serve.service._CHECK_S", 0.01)
+    config = replace(config, limits=Limits(timeout_s=1.0))
     with started(config) as client:
         engine = client.app.state.service.engine
-        with failing_device(client):
+        with device(client):
             asked = [ask(client).json()["id"] for _ in range(2)]
             until(lambda: not engine.computes)
             assert not client.jobs._next(), "it begins no other"

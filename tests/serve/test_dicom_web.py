@@ -100,6 +100,8 @@ def test_a_case_that_is_not_explained_in_time_is_answered_without_maps_and_says_
         assert report.Modality == "SR" and "no heat maps" in texts(report)
         asked_for = post(client, sent[0], explain="occlusion")
         assert (asked_for.status_code, asked_for.json()["field"]) == (422, "explain")
+        maps_alone = post(client, sent[0], results="overlay")
+        assert (maps_alone.status_code, maps_alone.json()["field"]) == (422, "explain")
 
 
 def test_a_case_whose_maps_the_device_has_no_memory_for_is_answered_without(client, sent, monkeypatch):

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -280,8 +281,14 @@ class Jobs:
         return job is not None and job.state == "running"
 
     def _in_loop(self, work: Any) -> Any:
+        """Its result. Raises _Left where the device, which may hang, does not get to it."""
         assert self._loop is not None
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+        asked = asyncio.run_coroutine_threadsafe(work, self._loop)
+        while not wait([asked], _PATIENCE_S).done:
+            if not self.engine.computes:
+                asked.cancel()
+                raise _Left
+        return asked.result()
 
 
 def _what(served: Served, config: ServeConfig) -> str:

@@ -117,7 +117,7 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
         raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
     notes: list[str] = []
     if accept == DICOM and set(kinds) != {"report"}:
-        answered, notes = await _explained(service, name, used, fields)
+        answered, notes = await _explained(service, name, used, fields, kinds)
     else:
         answered = await _asked(service, name, used, fields)
     if accept == "application/json":
@@ -161,11 +161,11 @@ async def _asked(service: Service, name: str, used: Sequence[_Instance], fields:
 
 
 async def _explained(
-    service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]
+    service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any], kinds: Sequence[Kind]
 ) -> tuple[Answered, list[str]]:
     """With heat maps by the first method that the model knows, unless the request names one. A case that is too large
-    to be explained, in the time or memory that there is, is asked about once more, without, and a note says so. A
-    server that is busy is to be asked again by the sender, who then gets the maps."""
+    to be explained, in the time or memory that there is, is asked about once more, without, and the report, where there
+    is one, says so. A server that is busy is to be asked again by the sender, who then gets the maps."""
     methods = service.models.get(name).handler.about().get("explain") or []
     if "explain" in fields or not methods:
         more = {"explain_as": "array"} if "explain" in fields else {}
@@ -173,7 +173,7 @@ async def _explained(
     try:
         return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"}), []
     except Problem as problem:
-        if problem.field != "explain":
+        if problem.field != "explain" or "report" not in kinds:
             raise
     return await _asked(service, name, used, fields), [_NO_MAPS]
 
