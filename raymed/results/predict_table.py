@@ -30,8 +30,8 @@ CASE_COLUMNS = (*_KEY, *_ANSWER, *_ORIGIN)
 """num_images: those that the score is of. score: calibrated probability of the positive class, to be compared with
 threshold, both to the last digit, which may decide; "" where no image can be used. decision: the class on its side of
 the threshold. answer: positive, negative, or abstain where the case is foreign or uncertain, as a server answers
-(`Predictor.answer`), or one of its images cannot be read; "" where there is no score. uncertain: yes, no, "" where the model does not say. reasons: why not
-to trust the row, separated by "; "."""
+(`Predictor.answer`), or one of its images cannot be read; "" where there is no score. uncertain: yes, no, "" where the
+model does not say. reasons: why not to trust the row, separated by "; "."""
 IMAGE_COLUMNS = ("case", "side", "patient", "image", "raw_score", "foreign", "problem", "state", "bundle")
 """raw_score: the network's probability, not calibrated. foreign: yes, no, "". problem: why the image was not used.
 state: which content of the file it was (`CaseImage.state`)."""

@@ -19,7 +19,8 @@ class Compute:
     """The machine's side of a run. The same recipe gives the same curve whatever stands here (bf16 apart)."""
 
     workers: int = 1
-    """1: this process. More: that many Ray Train workers, each with its share of every batch."""
+    """1: this process, or one Ray Train worker of the cluster that the job was submitted to. More: that many, each with
+    its share of every batch."""
     min_workers: int | None = None
     """Fewer workers than `workers` that will do: the group shrinks when a node is lost and grows when one joins, and
     the batch stays, in more micro-batches. None: all or none."""
@@ -52,7 +53,7 @@ class Compute:
     threads: int | None = None
     """CPU threads a worker; None: torch's own choice alone, the CPUs that Ray gives elsewhere."""
     cpus_per_worker: int = 1
-    """CPUs that Ray reserves for a worker or a trial."""
+    """CPUs that Ray reserves for a worker or a trial; a lone one gets more where they are free."""
 
     def __post_init__(self) -> None:
         check_range("compute.workers", self.workers, 1)

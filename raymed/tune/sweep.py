@@ -17,15 +17,8 @@ from raymed.config import UserError
 from raymed.registry.config import RegisterConfig
 from raymed.results.classifier_model import foreign_folders
 from raymed.storage import local_folder
-from raymed.train.places.cluster import gpu_share, gpus_of, require
-from raymed.train.places.launch import (
-    ADVICE,
-    announce,
-    check_single_worker,
-    cpus_for,
-    run_side_by_side,
-    trials_on_a_gpu,
-)
+from raymed.train.places.cluster import cpus_for, gpu_share, gpus_of, require
+from raymed.train.places.launch import ADVICE, announce, check_single_worker, run_side_by_side, trials_on_a_gpu
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
 from raymed.tune.config import Finals, SweepConfig, default_params, search_space
@@ -91,7 +84,7 @@ def search(job: Job, sweep: SweepConfig, journal: Journal, trials: Trials) -> No
         return
     cpus, gpus = compute.cpus_per_worker, float(gpus_of(compute.device))
     if sweep.batched and recipe.two_stage:
-        cpus = cpus_for(trials.template)
+        cpus = cpus_for(compute.cpus_per_worker, int(gpus))
         require(cpus, gpus, advice=ADVICE)
         with job.budget.running("search", gpus):
             run_generations(job, sweep, space, default, journal, trials, {"cpu": cpus, "gpu": gpus})

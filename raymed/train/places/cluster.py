@@ -41,6 +41,12 @@ _IN_USE = "the rest is in use by other work on this cluster"
 _RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
 
+def is_submitted() -> bool:
+    """Whether this process is a driver of a cluster that is there already, as `ray job submit` starts it: on a head
+    that may have neither GPUs nor CPUs for work, so nothing is to be trained in it."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 @contextmanager
 def connected(num_cpus: int | None = None) -> Iterator[None]:
     """Within: Ray is up. $RAY_ADDRESS (set by `ray job submit`) names the cluster; without it, one is started on this
@@ -140,6 +146,22 @@ def gpus_of(device: str) -> int:
     return int(any(node.get("GPU", 0) >= 1 for node in [*live, *growth(live).best(lambda node: node.get("GPU", 0))]))
 
 
+def cpus_for(stated: int, gpus: int = 0, count: int = 1) -> int:
+    """CPUs of one of `count` trainings side by side: as stated, or more where every node that has room for one now has
+    more than enough for all of them. A lone one takes what is free on the best node, but with one GPU of several only
+    its share of the node's CPUs. Where there is no room now, nodes count as if nobody used them. Needs a connected Ray.
+    """
+    from ray._private.state import available_resources_per_node  # Ray has no public way
+
+    live, need = _live_by_id(), {"CPU": stated, "GPU": gpus}
+    free = {key: node for key, node in available_resources_per_node().items() if key in live}
+    rooms = [(live[key], node) for key, node in free.items() if _slots(node, need)]
+    rooms = rooms or [(node, node) for node in live.values() if _slots(node, need)]
+    shares = [min(now["CPU"], node["CPU"] / max(1, gpus * node.get("GPU", 0))) for node, now in rooms]
+    best = max(shares, default=0) if count == 1 else min(shares, default=0)
+    return max(stated, int(best) // count)
+
+
 def gpu_share(trainings: int) -> float:
     """The part of a GPU to ask for when so many trainings share one. Ray rounds to four digits: 7 x 0.1429 is more than
     one GPU, and the seventh would wait for ever."""
@@ -184,9 +206,13 @@ def require(
 
 def _live() -> list[dict[str, float]]:
     """Resources of the live nodes."""
+    return list(_live_by_id().values())
+
+
+def _live_by_id() -> dict[str, dict[str, float]]:
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def _told(more: Growth) -> str:

@@ -13,7 +13,7 @@ from raymed.tasks.recipe import Recipe
 from raymed.tasks.task import Phase
 from raymed.train.loop import Interrupted
 from raymed.train.nets import check_network_stages
-from raymed.train.places.cluster import connected, fetched, gpus_of, require
+from raymed.train.places.cluster import connected, cpus_for, fetched, gpus_of, is_submitted, require
 from raymed.train.places.nodes import check_nodes, check_tracking, check_versions
 from raymed.train.places.processes import launched, together, train_together
 from raymed.train.plans.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
@@ -29,7 +29,7 @@ ADVICE = "lower --compute.cpus-per-worker, use --compute.device cpu or, for memo
 
 def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
     """Train units in order: in this process, together with those that torchrun or srun started beside it, or each on
-    Ray Train workers where the job asks for several.
+    Ray Train workers, where the job asks for several or was submitted to a cluster.
 
     Returns whether all are finished: False when the job's budget is used up before.
     """
@@ -38,7 +38,7 @@ def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
         job.go_on()
         with together(job.config.compute):
             return all(_train_here(job, unit, train_together) for unit in units)
-    if job.config.compute.workers == 1:
+    if job.config.compute.workers == 1 and not is_submitted():
         announce(job, [units])
         job.go_on()
         return all(_train_here(job, unit) for unit in units)
@@ -46,7 +46,7 @@ def run_one_by_one(job: Job, units: Sequence[Unit]) -> bool:
 
     with connected():
         check_cluster(job)
-        announce(job, [units])
+        announce(job, [units], in_turn=True)
         job.go_on()
         return all(unit.result() is not None or train_with_workers(unit, job.budget, job.interrupted) for unit in units)
 
@@ -82,23 +82,23 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> bool:
     return all(_run_wave(job, [unit for unit in wave if unit.result() is None]) for wave in waves)
 
 
-def announce(job: Job, waves: Sequence[Sequence[Unit]]) -> None:
+def announce(job: Job, waves: Sequence[Sequence[Unit]], *, in_turn: bool = False) -> None:
     """Print how long these units will take, and how much memory and disk, from one measured step of each kind.
 
-    With `run.plan` print the plan of each kind instead, and end. Raises UserError where disk or memory does not
-    suffice. Finished units count nothing.
+    in_turn: they never run side by side, wherever they run. With `run.plan` print the plan of each kind instead, and
+    end. Raises UserError where disk or memory does not suffice. Finished units count nothing.
     """
     _tell_data(job)
     kinds = [(kind, units) for wave in waves for kind, units in _kinds(wave).items()]
     if job.config.run.plan:
-        _show_plans(dict(reversed(kinds)))
+        _show_plans(dict(reversed(kinds)), in_turn)
     trainings: list[Trainings] = []
     costs: dict[str, list] = {}
     for kind, units in kinds:
-        costs[kind] = costs.get(kind) or _where_it_runs(units, _measure)
+        costs[kind] = costs.get(kind) or _where_it_runs(units, _measure, in_turn)
         job.keep_costs({phase.name: cost for phase, cost in costs[kind]})
         if costs[kind]:
-            trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind])))
+            trainings.append(Trainings(kind, len(units), costs[kind], _at_once(units, costs[kind], in_turn)))
     if trainings:
         Plan(trainings).announce(job.folder)
 
@@ -112,12 +112,12 @@ def _tell_data(job: Job) -> None:
         sys.exit(0)
 
 
-def _show_plans(kinds: Mapping[str, Sequence[Unit]]) -> None:
+def _show_plans(kinds: Mapping[str, Sequence[Unit]], in_turn: bool) -> None:
     """What each kind of training would take. Ends the process; raises UserError where one cannot be started so."""
     if not kinds:
         print("everything is trained already: there is nothing to plan", flush=True)
     for units in kinds.values():
-        planned = _where_it_runs(units, _plan)
+        planned = _where_it_runs(units, _plan, in_turn)
         planned.render()
         if planned.refusal:
             raise UserError(planned.refusal)
@@ -132,13 +132,13 @@ def _kinds(wave: Sequence[Unit]) -> dict[str, list[Unit]]:
     return kinds
 
 
-def _where_it_runs(units: Sequence[Unit], look: Callable[[Unit, int | None], T]) -> T:
+def _where_it_runs(units: Sequence[Unit], look: Callable[[Unit, int | None], T], in_turn: bool) -> T:
     """`look` at the first unit, with the threads it will have, in this process or where Ray will run it."""
     import ray
 
     if not ray.is_initialized():
         return look(units[0], None)
-    cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
+    cpus, gpus = _resources(units[0], _side_by_side(units, in_turn))
     require(cpus, gpus, advice=ADVICE)
     return fetched(ray.remote(num_cpus=cpus, num_gpus=gpus)(look).remote(units[0], cpus))
 
@@ -161,16 +161,15 @@ def _measure(unit: Unit, threads: int | None) -> list[tuple[Phase, StepCost]]:
     return [(phase, measure(phase, data, unit.seed, unit.compute, threads)) for phase in phases]
 
 
-def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]]) -> int:
-    """How many of them run side by side: those on several workers take turns. Raises UserError where the memory of no
-    node suffices for one."""
+def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]], in_turn: bool) -> int:
+    """How many of them run side by side. Raises UserError where the memory of no node suffices for one."""
     import ray
 
     if not ray.is_initialized():
         return 1
     memory = max(cost.peak_bytes if cost.device == "cpu" else 0 for _, cost in costs)
-    cpus, gpus = cpus_for(units[0], len(units)), gpus_of(units[0].compute.device)
-    most = len(units) if units[0].compute.workers == 1 else 1
+    most = _side_by_side(units, in_turn)
+    cpus, gpus = _resources(units[0], most)
     return require(cpus, gpus, memory=memory, at_most=most, advice=ADVICE)
 
 
@@ -187,9 +186,9 @@ def _run_wave(job: Job, todo: Sequence[Unit]) -> bool:
 
     if not todo:
         return True
-    gpus = gpus_of(job.config.compute.device)
+    cpus, gpus = _resources(todo[0], len(todo))
     room = require(job.config.compute.cpus_per_worker, gpus, advice=ADVICE)
-    train = ray.remote(num_cpus=cpus_for(todo[0], len(todo)), num_gpus=gpus, max_retries=2)(_train)
+    train = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=2)(_train)
     job.go_on()
     running = {train.remote(unit): unit for unit in todo}
     began = time.monotonic()
@@ -208,12 +207,15 @@ def _run_wave(job: Job, todo: Sequence[Unit]) -> bool:
     return True
 
 
-def cpus_for(unit: Unit, count: int = 1) -> int:
-    """CPUs of one of `count` units: what it asks for, or more where a node has more than enough for all of them."""
-    import ray
+def _side_by_side(units: Sequence[Unit], in_turn: bool) -> int:
+    """How many there could be: those on several workers take turns."""
+    return 1 if in_turn or units[0].compute.workers > 1 else len(units)
 
-    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    return max(unit.compute.cpus_per_worker, min(filter(None, nodes), default=1) // count)
+
+def _resources(unit: Unit, count: int) -> tuple[int, int]:
+    """CPUs and GPUs of one of `count` units side by side."""
+    gpus = gpus_of(unit.compute.device)
+    return cpus_for(unit.compute.cpus_per_worker, gpus, count), gpus
 
 
 def trials_on_a_gpu(unit: Unit, at_most: int) -> int:

@@ -1,4 +1,4 @@
-"""A unit on several Ray Train workers, whatever happens to them and their nodes.
+"""A unit on Ray Train workers, whatever happens to them and their nodes.
 
 One attempt is one fit of Ray Train with a fixed number of workers and no retries of Ray's own. It ends because the unit
 is finished, because this process (the driver) asked the workers to stop after a checkpoint, or because something died.
@@ -24,7 +24,7 @@ from raymed.distributed import rank
 from raymed.storage import lock
 from raymed.train.elastic import group_sizes
 from raymed.train.loop import Interrupted
-from raymed.train.places.cluster import fetched, gpus_of, require
+from raymed.train.places.cluster import cpus_for, fetched, gpus_of, require
 from raymed.train.places.desk import open_desk
 from raymed.train.places.peers import collective_timeout, is_loss, load_in_turn
 from raymed.train.places.room import (
@@ -50,7 +50,8 @@ _FENCE = 120.0  # seconds for which a new first worker waits for an old one to d
 
 
 def train_with_workers(unit: Unit, budget: Budget, interrupted: Callable[[], bool] = lambda: False) -> bool:
-    """Train and finish a unit on `unit.compute.workers` workers, each with its share of every batch.
+    """Train and finish a unit on `unit.compute.workers` workers, each with its share of every batch. A lone one takes
+    the CPUs that are free beside it (`cpus_for`).
 
     It goes on from the last checkpoint after a lost worker, node or Ray Train controller, and with fewer workers down
     to `unit.compute.min_workers` where nodes are missing; with more again when they are back. Before a node that is
@@ -109,7 +110,7 @@ class _Training:
 
     def _attempt(self, size: int) -> None:
         reason = None
-        with _Group(self.unit, size, self.bundle) as group, ExitStack() as stack:
+        with _Group(self.unit, size, self._bundle()) as group, ExitStack() as stack:
             missing = None
             while not group.wait(_LOOK):
                 if missing is None and group.has_arrived():  # not before, or it could take the group's own place
@@ -118,6 +119,13 @@ class _Training:
                 if reason:
                     group.stop()
         self._account(group, reason)
+
+    def _bundle(self) -> Bundle:
+        """Of each worker of the next attempt."""
+        if self.unit.compute.workers > 1:
+            return self.bundle
+        cpus = cpus_for(self.unit.compute.cpus_per_worker, int(self.bundle.get("GPU", 0)))
+        return self.bundle | {"CPU": float(cpus)}
 
     def _place_for_more(self, size: int, stack: ExitStack) -> Any:
         """A placement group that has its place when there is room for the next larger group; None for the largest."""

@@ -43,8 +43,8 @@ def await_room(
 ) -> int | None:
     """The largest of `sizes` (descending) that the cluster has free room for, or None as soon as `over` says so.
 
-    Where there is no room for the smallest, a line tells of it, and after `longest` seconds UserError says what is
-    missing.
+    Where there is no room for the smallest, a line tells of it. What others use is waited for until they have done;
+    for nodes that are missing UserError says so after `longest` seconds.
     """
     began, told = time.monotonic(), False
     while not (size := _largest(bundle, sizes, over)):
@@ -55,14 +55,16 @@ def await_room(
                 waited = time.monotonic() - began
                 if over():
                     return None
-                if waited > longest:
+                in_use = _there(bundle) >= sizes[-1]
+                if waited > longest and not in_use:
                     raise UserError(
                         f"{seen.shortage(bundle, sizes[-1])}; waited {waited:.0f} s (--compute.node-patience "
                         "SECONDS changes that). Start a node, or lower --compute.workers or --compute.min-workers; the "
                         "same command continues"
                     )
                 if waited > _TELL_AFTER and not told:
-                    print(f"waiting, {longest:g} s at most: {seen.shortage(bundle, sizes[-1])}", flush=True)
+                    most = "for other work to end" if in_use else f"{longest:g} s at most"
+                    print(f"waiting, {most}: {seen.shortage(bundle, sizes[-1])}", flush=True)
                     told = True
     if told:
         print(f"room for {size} workers, after {time.monotonic() - began:.0f} s: it goes on", flush=True)
@@ -90,6 +92,15 @@ def _free(bundle: Bundle) -> int:
 
     free = ray.available_resources()
     return min(int(free.get(kind, 0) / amount + 1e-6) for kind, amount in bundle.items())
+
+
+def _there(bundle: Bundle) -> int:
+    """How many bundles the nodes have room for that stay, were nobody else at work."""
+    import ray
+
+    leaving = draining()
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    return sum(min(int(node.get(kind, 0) / amount + 1e-6) for kind, amount in bundle.items()) for node in nodes)
 
 
 class Nodes:
