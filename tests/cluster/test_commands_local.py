@@ -54,6 +54,7 @@ def test_up_submit_logs_down(run):
 
     trained = run("submit", "jobs/train_classifier.py", *SMALL)
     assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert "(RayTrainWorker pid=" in trained.stdout, "on the node for work, not on the head"
     where = re.search(r"^MLflow: (http://127.0.0.1:\d+)/#/experiments", trained.stdout, re.MULTILINE)
     assert where and where[1] in up.stdout  # the cluster's MLflow, with the cluster's password
     assert re.search(r"^run: .*/s3/raymed/runs/train_classifier-", trained.stdout, re.MULTILINE)

@@ -155,6 +155,7 @@ def test_a_job_on_two_workers(ray_cluster, monkeypatch, capsys, tmp_path):
         ("tune_asl", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs, 0 GPUs at a time, and the cluster"),
         ("compare_losses", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs"),
         ("train_classifier", ["--compute.workers=64"], "this needs 64 x 1 CPUs"),
+        ("train_classifier", ["--compute.cpus-per-worker=64"], "this needs 1 x 64 CPUs"),
         ("tune_asl", ["--compute.workers=2"], "tune_asl trains many models side by side, each on one worker"),
         ("tune_asl", ["--compute.workers=2", "--method=asl"], "leave --compute.workers at 1"),
         ("compare_losses", ["--compute.workers=2"], "compare_losses trains many models side by side"),
@@ -164,6 +165,7 @@ def test_what_the_cluster_cannot_do_is_said_at_once(
     ray_cluster, monkeypatch, capsys, tmp_path_factory, job, arguments, expected
 ):
     storage = tmp_path_factory.getbasetemp() / "preflight"  # one for all: the images are decoded once
+    monkeypatch.setenv("RAY_ADDRESS", "here")  # as `ray job submit` does; Ray is up already
     monkeypatch.setattr(sys, "argv", [f"{job}.py", f"--storage={storage}", "--data.preprocess.size=32", *arguments])
 
     began = time.monotonic()

@@ -38,6 +38,7 @@ _SETTINGS = ("AWS_", "MLFLOW_", "RAYMED_", "GLOO_", "NCCL_")  # names of variabl
 _OF_A_NODE = ("RAYMED_LOCAL", "GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 """Where its own disk is, and its own network interface; whoever has none of these gets the driver's."""
 _IN_USE = "the rest is in use by other work on this cluster"
+_SETTLES = 2.0  # seconds after which what has just ended is free
 _RUN_ID = "MLFLOW_RUN_ID"  # would make every process log to one run
 
 
@@ -147,19 +148,40 @@ def gpus_of(device: str) -> int:
 
 
 def cpus_for(stated: int, gpus: int = 0, count: int = 1) -> int:
-    """CPUs of one of `count` trainings side by side: as stated, or more where every node that has room for one now has
+    """CPUs of one of `count` trainings side by side: `free_cpus`, or those of nodes that nobody used, where there is no
+    room now. Needs a connected Ray."""
+    every = _rooms(_live_by_id(), stated, gpus)
+    return free_cpus(stated, gpus, count) or max(stated, _share(every, gpus, count))
+
+
+def free_cpus(stated: int, gpus: int = 0, count: int = 1) -> int:
+    """CPUs that each of `count` trainings could have now: as stated, or more where every node that has room for one has
     more than enough for all of them. A lone one takes what is free on the best node, but with one GPU of several only
-    its share of the node's CPUs. Where there is no room now, nodes count as if nobody used them. Needs a connected Ray.
+    its share of the node's CPUs. 0 where there is no room. Needs a connected Ray.
     """
     from ray._private.state import available_resources_per_node  # Ray has no public way
 
+    until = time.monotonic() + _SETTLES
+    most = _share(_rooms(_live_by_id(), stated, gpus), gpus, count)
+    while True:
+        rooms = _rooms(available_resources_per_node(), stated, gpus)
+        share = _share(rooms, gpus, count)
+        if share >= most or time.monotonic() > until:
+            return max(stated, share) if rooms else 0
+        time.sleep(0.1)
+
+
+def _rooms(free: Mapping[str, Mapping[str, float]], stated: int, gpus: int) -> list[tuple[float, Mapping[str, float]]]:
+    """Of each live node that has room for a training: its free CPUs, and its resources. free: by the nodes' ids."""
     live, need = _live_by_id(), {"CPU": stated, "GPU": gpus}
-    free = {key: node for key, node in available_resources_per_node().items() if key in live}
-    rooms = [(live[key], node) for key, node in free.items() if _slots(node, need)]
-    rooms = rooms or [(node, node) for node in live.values() if _slots(node, need)]
-    shares = [min(now["CPU"], node["CPU"] / max(1, gpus * node.get("GPU", 0))) for node, now in rooms]
+    return [(node["CPU"], live[key]) for key, node in free.items() if key in live and _slots(node, need)]
+
+
+def _share(rooms: Sequence[tuple[float, Mapping[str, float]]], gpus: int, count: int) -> int:
+    """CPUs of one of `count` trainings."""
+    shares = [min(cpus, node["CPU"] / max(1, gpus * node.get("GPU", 0))) for cpus, node in rooms]
     best = max(shares, default=0) if count == 1 else min(shares, default=0)
-    return max(stated, int(best) // count)
+    return int(best) // count
 
 
 def gpu_share(trainings: int) -> float:
@@ -278,7 +300,7 @@ def _tell_of_waiting(needs: Mapping[str, float], more: Growth) -> None:
     """Say so where the least that is needed is not free now. What has just ended is free a moment later."""
     import ray
 
-    until = time.monotonic() + 2
+    until = time.monotonic() + _SETTLES
     while lacking := {kind for kind, need in needs.items() if need > ray.available_resources().get(kind, 0)}:
         if time.monotonic() > until:
             free, total = ray.available_resources(), ray.cluster_resources()

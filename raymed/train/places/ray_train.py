@@ -24,7 +24,7 @@ from raymed.distributed import rank
 from raymed.storage import lock
 from raymed.train.elastic import group_sizes
 from raymed.train.loop import Interrupted
-from raymed.train.places.cluster import cpus_for, fetched, gpus_of, require
+from raymed.train.places.cluster import fetched, free_cpus, gpus_of, require
 from raymed.train.places.desk import open_desk
 from raymed.train.places.peers import collective_timeout, is_loss, load_in_turn
 from raymed.train.places.room import (
@@ -51,7 +51,7 @@ _FENCE = 120.0  # seconds for which a new first worker waits for an old one to d
 
 def train_with_workers(unit: Unit, budget: Budget, interrupted: Callable[[], bool] = lambda: False) -> bool:
     """Train and finish a unit on `unit.compute.workers` workers, each with its share of every batch. A lone one takes
-    the CPUs that are free beside it (`cpus_for`).
+    the CPUs that are free (`free_cpus`).
 
     It goes on from the last checkpoint after a lost worker, node or Ray Train controller, and with fewer workers down
     to `unit.compute.min_workers` where nodes are missing; with more again when they are back. Before a node that is
@@ -99,8 +99,11 @@ class _Training:
             size = await_room(self.bundle, self.sizes, self.nodes, self._over, longest)
             if size is None or self._over():
                 break
+            bundle = self._bundle()
+            if not bundle["CPU"]:  # somebody else was faster
+                continue
             with self.budget.running(self.unit.name, size * self.bundle.get("GPU", 0)):
-                self._attempt(size)
+                self._attempt(size, bundle)
         if self.interrupted():
             raise Interrupted
         return self.unit.result() is not None
@@ -108,9 +111,9 @@ class _Training:
     def _over(self) -> bool:
         return self.interrupted() or self.budget.exhausted() is not None
 
-    def _attempt(self, size: int) -> None:
+    def _attempt(self, size: int, bundle: Bundle) -> None:
         reason = None
-        with _Group(self.unit, size, self._bundle()) as group, ExitStack() as stack:
+        with _Group(self.unit, size, bundle) as group, ExitStack() as stack:
             missing = None
             while not group.wait(_LOOK):
                 if missing is None and group.has_arrived():  # not before, or it could take the group's own place
@@ -121,10 +124,10 @@ class _Training:
         self._account(group, reason)
 
     def _bundle(self) -> Bundle:
-        """Of each worker of the next attempt."""
+        """Of each worker of the next attempt; of a lone one without CPUs where its room has gone."""
         if self.unit.compute.workers > 1:
             return self.bundle
-        cpus = cpus_for(self.unit.compute.cpus_per_worker, int(self.bundle.get("GPU", 0)))
+        cpus = free_cpus(self.unit.compute.cpus_per_worker, int(self.bundle.get("GPU", 0)))
         return self.bundle | {"CPU": float(cpus)}
 
     def _place_for_more(self, size: int, stack: ExitStack) -> Any:
