@@ -42,7 +42,7 @@ submit: install  ## JOB=jobs/train_classifier.py on that cluster; FLAGS=--no-wai
 	$(BIN)/python -m raymed.cluster submit $(FLAGS) $(JOB) $(ARGS)
 
 logs: install  ## of the last job; NAME=... of another one, or of a part; ARGS=--follow
-	$(BIN)/python -m raymed.cluster logs $(NAME) $(ARGS)
+	$(BIN)/python -m raymed.cluster logs $(if $(NAME),'$(NAME)') $(ARGS)
 
 stop: install  ## the last job that runs, at its next checkpoint; NAME=... another one
 	$(BIN)/python -m raymed.cluster stop $(NAME)

@@ -3,6 +3,7 @@
 #
 #   node.sh setup cpu|cuda      python and raymed, in ~/venv
 #   node.sh head                Ray's head, and MLflow beside it
+#   node.sh limits              what jobs may count on, from the autoscaler's file; the head tells it when it starts, too
 #   node.sh worker aws|gcp      Ray, and who watches for the cloud's notices
 #
 # ~/raymed.env has the variables, ~/.ray/auth_token the token; nobody else may read them.
@@ -53,8 +54,12 @@ head() {
   ray stop
   ulimit -n 65536
   ray start --head --port=6379 --dashboard-host=127.0.0.1 --autoscaling-config="$HOME/ray_bootstrap_config.yaml"
-  RAY_ADDRESS=127.0.0.1:6379 "$python" -m raymed.train.places.growth "$HOME/ray_bootstrap_config.yaml" ||
-    echo "jobs will count only nodes that are up" >&2
+  limits || echo "jobs will count only nodes that are up" >&2
+}
+
+limits() {
+  variables
+  RAY_ADDRESS=127.0.0.1:6379 "$python" -m raymed.train.places.growth "$HOME/ray_bootstrap_config.yaml"
 }
 
 worker() {
@@ -70,9 +75,10 @@ worker() {
 case "${1:-}" in
 setup) setup "$2" ;;
 head) head ;;
+limits) limits ;;
 worker) worker "$2" ;;
 *)
-  echo "usage: node.sh setup cpu|cuda | head | worker aws|gcp" >&2
+  echo "usage: node.sh setup cpu|cuda | head | limits | worker aws|gcp" >&2
   exit 2
   ;;
 esac

@@ -27,10 +27,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from raymed.command import command
 from raymed.config import UserError, check_choice, check_range
 from raymed.distributed import leave_group
 from raymed.losses import PAIR_LOSSES, PairLoss, SupConLoss
-from raymed.registry.command import command
 
 SUPCON = "supcon"
 PATIENCE = timedelta(minutes=1)  # with a process that does not take part

@@ -11,9 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from raymed.bundle import Bundle
+from raymed.command import command
 from raymed.config import UserError
 from raymed.data.readers import read
-from raymed.registry.command import command
 from raymed.registry.export import Format, export, export_monai
 from raymed.registry.store import fetch_bundle
 from raymed.storage import local_folder_copy, resolve_storage

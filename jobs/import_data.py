@@ -10,8 +10,8 @@ blanked. The key of the pseudonyms lies outside the project (--key-file): `jobs/
 The command that trains on the manifest is printed last.
 """
 
+from raymed.command import command
 from raymed.data.intake import ImportConfig, import_data
-from raymed.registry.command import command
 
 
 def work(config: ImportConfig) -> str:

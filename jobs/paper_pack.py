@@ -12,7 +12,7 @@ command fills the blanks.
 from dataclasses import dataclass
 from pathlib import Path
 
-from raymed.registry.command import command
+from raymed.command import command
 from raymed.report.paper import paper_pack
 from raymed.results.finished import find_run
 from raymed.results.paper import missing, paper_of

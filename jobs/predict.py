@@ -16,8 +16,8 @@ from typing import Annotated
 
 import tyro
 
+from raymed.command import command
 from raymed.data.manifest import DataConfig
-from raymed.registry.command import command
 from raymed.results.predict import Device, asked_cases, load_origin, predict
 from raymed.results.predict_cases import ImageFolder
 

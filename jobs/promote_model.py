@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from raymed.bundle import NOT_STATED
+from raymed.command import command
 from raymed.config import UserError
 from raymed.data.manifest import DataConfig
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
-from raymed.registry.command import command
 from raymed.registry.config import check_name, is_stated
 from raymed.registry.gates import GateConfig, is_passed
 from raymed.registry.promote import (

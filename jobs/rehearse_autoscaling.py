@@ -18,9 +18,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-import tyro
-
 from raymed.cluster.autoscaled import Autoscaled
+from raymed.command import command
 from raymed.config import UserError, check_range
 
 JOB = Path(__file__).with_name("tune_asl.py")
@@ -101,9 +100,10 @@ def _workers() -> int:
     return sum(node["Alive"] and node["Resources"].get("CPU", 0) > 0 for node in ray.nodes())
 
 
+def main(config: Rehearsal) -> str:
+    """What there is to say at the end."""
+    return f"{max(count for _, count in rehearse(config))} worker(s) came, and all of them went"
+
+
 if __name__ == "__main__":
-    try:
-        rehearse(tyro.cli(Rehearsal, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(Rehearsal, main)

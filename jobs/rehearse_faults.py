@@ -26,8 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-import tyro
 
+from raymed.command import command
 from raymed.config import UserError, check_range
 from raymed.report.survival import Event, draw_survival
 from raymed.storage import working_copy
@@ -198,8 +198,4 @@ def _bucket(config: Rehearsal, scratch: Path) -> Iterator[tuple[str, dict[str, s
 
 
 if __name__ == "__main__":
-    try:
-        print(f"figure: {rehearse(tyro.cli(Rehearsal, description=__doc__))}", flush=True)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(Rehearsal, lambda config: f"figure: {rehearse(config)}")

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from raymed.command import command
 from raymed.config import UserError, check_range
-from raymed.registry.command import command
 from raymed.serve.dicom.endpoint import Endpoint
 from raymed.serve.dicom.node import Node
 from raymed.serve.dicom.pacs import parse_receivers

@@ -8,7 +8,7 @@ Who asks needs a token: python jobs/serve_tokens.py add NAME. A promotion or a r
 without losing a request.
 """
 
-from raymed.registry.command import command
+from raymed.command import command
 from raymed.serve.config import ServeConfig
 from raymed.serve.run import serve
 from raymed.serve.sources import registered

@@ -15,7 +15,7 @@ from typing import Annotated
 
 import tyro
 
-from raymed.registry.command import command
+from raymed.command import command
 from raymed.serve.access.tokens import add_token, check_is_shared, read_tokens, revoke_token, tokens_file
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import tyro
 
+from raymed.command import command
 from raymed.data.intake.pseudonyms import default_key_file, open_vault
-from raymed.registry.command import command
 
 
 @dataclass(frozen=True)

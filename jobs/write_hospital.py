@@ -9,8 +9,8 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
+from raymed.command import command
 from raymed.data.phantom_hospital import write_hospital
-from raymed.registry.command import command
 
 
 @dataclass(frozen=True)

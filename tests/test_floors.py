@@ -9,7 +9,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "raymed"
 FLOORS = {
     "config": 0, "space": 0, "bundle": 0, "storage": 0, "distributed": 0, "random": 0, "threads": 0, "ledger": 0,
-    "_torchvision": 0,
+    "command": 0, "telemetry": 0, "_torchvision": 0,
     "data": 1, "tracking": 1,
     "models": 2, "losses": 2, "explain": 2, "metrics": 2, "report": 2,
     "tasks": 3,
@@ -18,7 +18,7 @@ FLOORS = {
     "tune": 6, "serve": 6, "cluster": 6,
     "doctor": 7,
 }  # fmt: skip
-PLAIN = {"config", "space", "bundle", "random", "threads", "ledger"}
+PLAIN = {"config", "space", "bundle", "random", "threads", "ledger", "command", "telemetry"}
 PLAIN |= {"models", "losses", "explain", "metrics", "report", "tasks"}
 """Usable in any script: no Ray, DeepSpeed or MLflow."""
 CLUSTER = {"ray", "deepspeed", "mlflow"}

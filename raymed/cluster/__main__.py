@@ -3,7 +3,7 @@
     python -m raymed.cluster up PROVIDER [flags]     local, onprem, aws, gcp or kuberay
     python -m raymed.cluster status                  each part; exit code 1 where one is down
     python -m raymed.cluster submit JOB [flags]      run a job there, as jobs/train_classifier.py, and follow it
-    python -m raymed.cluster logs [NAME] [--follow]  of the last job, or of a job or part by its name
+    python -m raymed.cluster logs [NAME] [--follow]  of the last job, or of a job, part or host by its name
     python -m raymed.cluster stop [NAME]             ask the last job that runs, or that one, to stop
     python -m raymed.cluster down                    end all of it; what it stored stays
 
@@ -20,7 +20,9 @@ from tyro.conf import Positional, arg
 
 from raymed.cluster import providers, state
 from raymed.cluster.state import Cluster
+from raymed.command import exit_code
 from raymed.config import UserError, check_choice
+from raymed.telemetry import telemetry_off
 
 C = TypeVar("C")
 _WIDE = 500
@@ -42,7 +44,7 @@ class Logs:
     """What a job has written, or the last lines of a part of the cluster."""
 
     name: Positional[Annotated[str | None, arg(metavar="NAME")]] = None
-    """A job or a part (`status` lists them); the last job else."""
+    """A job or a part (`status` lists them), as head or raymed-worker@HOST; the last job else."""
     follow: Annotated[bool, arg(aliases=["-f"])] = False
     """Go on until the job ends, and end with its exit code."""
 
@@ -77,7 +79,8 @@ def up(words: Sequence[str]) -> int:
         if before is None and state.load() is not None:
             print(f"what was started is remembered: {_MODULE} down ends it", file=sys.stderr, flush=True)
         raise
-    print(_block(cluster, "is up" if before is None else "was up already"), flush=True)
+    was_up = before is not None and before.facts == cluster.facts
+    print(_block(cluster, "was up already" if was_up else "is up"), flush=True)
     return 0
 
 
@@ -144,20 +147,16 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 def main(words: Sequence[str]) -> int:
     """Do what the words say; the exit code."""
-    from raymed.tracking import telemetry_off
-
     if not words or words[0] in ("-h", "--help"):
         print(__doc__)
         return 0 if words else 2
     telemetry_off()
-    try:
-        check_choice("command", words[0], COMMANDS)
-        return COMMANDS[words[0]](words[1:])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: _done(*words))
+
+
+def _done(command: str, *words: str) -> int:
+    check_choice("command", command, COMMANDS)
+    return COMMANDS[command](words)
 
 
 def _read(config: type[C], words: Sequence[str], command: str) -> C:

@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from raymed.cluster import ports, processes, state
+from raymed.cluster import ports, processes
 from raymed.cluster.processes import MARK
 from raymed.config import UserError
+from raymed.storage import write_private
 from raymed.train.places.cluster import DRIVER
 
 _START = 120.0  # seconds that the head may take
@@ -54,7 +55,7 @@ class Autoscaled:
         self.address = f"127.0.0.1:{ports.choose('', 0, [])}"
         self.dashboard_url = f"http://127.0.0.1:{ports.choose('', 0, [])}"
         token, config, self._log = (self.folder / name for name in ("token", "autoscaler.json", "head.log"))
-        state.write_private(token, secrets.token_hex(32))
+        write_private(token, secrets.token_hex(32))
         config.write_text(json.dumps(self._config()))
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_"))}
         kept |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0"}

@@ -11,11 +11,13 @@
     DIR/backup.json     what it is of
     DIR/SHA256SUMS      of every other file
 
-Jobs and servers may go on meanwhile: the database is copied first, so that whatever it names is in the backup too.
-Users, passwords and keys are not in it; images are not either, unless they lie in the storage.
+Jobs and servers may go on meanwhile: the database is copied first, so that whatever it names is in the backup too; a
+registered model whose files were not there is told of, by `check` too. What goes from the storage meanwhile, as
+checkpoints do when newer ones have come, is left out; files of MLflow's that go are an error.
+Users, passwords, keys and tokens are not in it, nor what servers have under way (batch jobs, studies of a DICOM node),
+which a restored copy would do twice; images are not either, unless they lie in the storage.
 """
 
-import contextlib
 import json
 import os
 import shutil
@@ -24,7 +26,7 @@ from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
@@ -33,8 +35,8 @@ from tyro.conf import Positional, arg
 from raymed import __version__
 from raymed.cluster import state
 from raymed.cluster.whole import check, new_folder
+from raymed.command import command
 from raymed.config import UserError, to_json
-from raymed.registry.command import command
 from raymed.storage import is_remote, join, read_bytes, remote_of, resolve_storage, s3, storage_folder, write_bytes
 from raymed.storage.leftovers import temporary
 from raymed.storage.locations import Location, exists
@@ -47,6 +49,8 @@ FORMAT = 1
 DATABASE, ARTIFACTS, STORAGE, FACTS = "mlflow.db", "artifacts", "storage", "backup.json"
 _OF_SERVER = "mlflow-artifacts:"  # how addresses of files begin that a server hands out
 _OF_MLFLOW = ("mlflow/", "mlartifacts/")  # in a storage; they go their own way
+_OF_SERVERS = ("serve/", "dicom/")  # tokens and queues, which live with the servers
+_TRIES = 5  # of what goes while it is copied
 _USED = {"runs": "lifecycle_stage = 'active'", "registered_models": "true"}
 
 
@@ -109,22 +113,22 @@ def work(config: Save | Check | Restore) -> str:
     if isinstance(config, Restore):
         return restore(folder, config.place)
     facts = _checked(folder)
-    return f"{folder} is whole: of {facts['storage']}, {facts['made']}"
+    whole = f"{folder} is whole: of {facts['storage']}, {facts['made']}"
+    return "\n".join([*_without_files(folder, facts["root"]), whole])
 
 
 def save(folder: Path, place: Place, checkpoints: bool = False) -> str:
-    """Write a backup. It is there whole or not at all."""
+    """Write a backup. It is there whole or not at all. Raises UserError where there is nothing to save, and where files
+    of MLflow's go meanwhile."""
     storage, mlflow = _places(place)
     local = storage_folder(str(storage))
     if folder.is_relative_to(local):
         raise UserError(f"{folder} lies in the storage that it is to save: name another folder")
-    kept = {name: found for name, found in _below(storage).items() if _is_kept(name, checkpoints)}
     has_database = exists(mlflow.database)
-    if not kept and not has_database:
-        raise UserError(f"there is nothing in {storage}: name a storage with --storage")
     with new_folder(folder, 0o700) as making:
         lines = _save_mlflow(mlflow, making) if has_database else ["MLflow has no runs there: its database is not yet"]
-        _fetch(kept, making / STORAGE)
+        if not _fetch(storage, making / STORAGE, checkpoints) and not has_database:
+            raise UserError(f"there is nothing in {storage}: name a storage with --storage")
         facts = {"format": FORMAT, "raymed": __version__, "made": datetime.now(UTC).isoformat(timespec="seconds")}
         facts |= {"storage": str(storage), "root": mlflow.root, "checkpoints": checkpoints}
         (making / FACTS).write_text(to_json(facts))
@@ -201,7 +205,7 @@ def _check_reached(cluster: state.Cluster, mlflow: str) -> None:
 
 
 def _is_kept(name: str, checkpoints: bool) -> bool:
-    return not name.startswith(_OF_MLFLOW) and is_synced(name, ["*"] if checkpoints else None)
+    return not name.startswith((*_OF_MLFLOW, *_OF_SERVERS)) and is_synced(name, ["*"] if checkpoints else None)
 
 
 def _under(location: Location, name: str) -> Location:
@@ -217,14 +221,40 @@ def _below(location: Location) -> dict[str, Location]:
     return {path.relative_to(location).as_posix(): path for path in walked}
 
 
-def _fetch(files: Mapping[str, Location], into: Path) -> None:
-    """Copy files into a folder; one that is gone by now is no longer of the storage."""
+def _fetch(storage: Location, into: Path, checkpoints: bool) -> int:
+    """Copy what is kept of a storage into a folder; how many files that is. What goes meanwhile is no longer of it.
+
+    Where a checkpoint goes, all of that run's are copied again: the index that is saved is to name what is saved.
+    """
+    files = _kept(storage, checkpoints)
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            _copy({name: found for name, found in files.items() if not (into / name).exists()}, into)
+            break
+        except UserError:
+            before, files = files, _kept(storage, checkpoints)
+            gone = [PurePosixPath(name) for name in before.keys() - files.keys()]
+            if not gone or not tries_left:
+                raise
+            for folder in {folder for name in gone for folder in name.parents if folder.name == "checkpoints"}:
+                shutil.rmtree(into / folder, ignore_errors=True)
+    return len(files)
+
+
+def _kept(storage: Location, checkpoints: bool) -> dict[str, Location]:
+    return {name: found for name, found in _below(storage).items() if _is_kept(name, checkpoints)}
+
+
+def _copy(files: Mapping[str, Location], into: Path) -> None:
+    """Copy files into a folder. Raises UserError for one that is not there."""
     s3.download_many([(found, into / name) for name, found in files.items() if isinstance(found, str)])
     for name, found in files.items():
         if isinstance(found, Path):
             (into / name).parent.mkdir(parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
+            try:
                 shutil.copy2(found, into / name)
+            except FileNotFoundError:
+                raise UserError(f"{found} went while it was copied: start this again") from None
 
 
 def _send(files: Mapping[Location, Location]) -> None:
@@ -249,8 +279,8 @@ def _to_disk(target: Path, write: Callable[[Path], object]) -> None:
 
 
 def _save_mlflow(mlflow: _Mlflow, making: Path) -> list[str]:
-    """Copy database, then files. Returns what to say of files that lie elsewhere. Raises UserError where it is no
-    database."""
+    """Copy database, then files. Returns what to say of files that lie elsewhere, or nowhere. Raises UserError where it
+    is no database, and for a file that goes meanwhile."""
     copy, query = (
         making / DATABASE,
         "SELECT count(*), min(artifact_uri) FROM runs WHERE substr(artifact_uri, 1, ?) != ?",
@@ -264,8 +294,25 @@ def _save_mlflow(mlflow: _Mlflow, making: Path) -> list[str]:
             count, first = database.execute(query, (len(mlflow.root), mlflow.root)).fetchone()
     except sqlite3.DatabaseError as error:
         raise UserError(f"{mlflow.database} cannot be read as MLflow's database ({error})") from None
-    _fetch(_below(mlflow.artifacts), making / ARTIFACTS)
-    return [f"{count} runs keep their files elsewhere, and they are not saved: {first}"] if count else []
+    _copy(_below(mlflow.artifacts), making / ARTIFACTS)
+    elsewhere = [f"{count} runs keep their files elsewhere, and they are not saved: {first}"] if count else []
+    return elsewhere + _without_files(making, mlflow.root)
+
+
+def _without_files(folder: Path, root: str) -> list[str]:
+    """What to say of registered models that are in a backup's database alone, though their files were to be below
+    `root`."""
+    if not (folder / DATABASE).exists():
+        return []
+    query = (
+        "SELECT name, version, storage_location FROM model_versions "
+        "WHERE current_stage != 'Deleted_Internal' AND substr(storage_location, 1, ?) = ?"
+    )
+    with closing(sqlite3.connect(folder / DATABASE)) as database:
+        below = database.execute(query, (len(root) + 1, f"{root}/")).fetchall()
+    places = {f"{name} {number}": folder / ARTIFACTS / at.removeprefix(f"{root}/") for name, number, at in below}
+    absent = [version for version, place in places.items() if not place.is_dir()]
+    return [f"registered, but without files in this backup: {', '.join(absent)}"] if absent else []
 
 
 def _copy_database(source: Path, target: Path) -> None:

@@ -5,10 +5,9 @@ A job is a submission of Ray's Job API. Its name is the submission's id: the job
 
 import asyncio
 import os
-import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
 
 STOPPED = 130
 """Exit code of a job that was stopped, and of whoever stops following one."""
-NAME = re.compile(r".+-[0-9a-f]{6}")
-"""Of jobs that were submitted from here; no part of a cluster is called so."""
 DOCTOR = "doctor"
 """Stands for the file in the names of the doctor's own jobs (`raymed.doctor.head`)."""
 _ANSWER_SECONDS = 15.0
@@ -35,7 +32,7 @@ _AGAIN_SECONDS = 1.0
 def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
     """Within: a client of the cluster's dashboard. Raises UserError where nothing answers, the token is refused or the
     dashboard cannot do what it is asked."""
-    _settle(cluster)
+    settle(cluster)
     with providers.provider(cluster.provider).reached(cluster) as url:
         _past_proxies(url)
         check_answers(url)
@@ -63,10 +60,10 @@ def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
 
 def _reason(error: Exception) -> str:
     """Of what the dashboard says, where the reason stands: its errors hold tracebacks."""
-    return str(error).strip().splitlines()[-1]
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def _settle(cluster: Cluster) -> None:
+def settle(cluster: Cluster) -> None:
     """This process talks to Ray with the cluster's settings, none of the user's own; Ray reads them when imported."""
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
@@ -105,11 +102,9 @@ def submitted(ray: "JobSubmissionClient") -> dict[str, "JobDetails"]:
     return {job.submission_id: job for job in last_first if job.submission_id}
 
 
-def found(
-    ray: "JobSubmissionClient", name: str | None, others: Sequence[str] = (), *, prefer_running: bool = False
-) -> str:
+def found(ray: "JobSubmissionClient", name: str | None, *, prefer_running: bool = False) -> str:
     """The name of a job; None: the last one that is not the doctor's, with `prefer_running` the last one that has not
-    ended, where there is one. Raises UserError for an unknown one, and lists the jobs and `others`."""
+    ended, where there is one. Raises UserError for an unknown one, and lists the last jobs."""
     known = submitted(ray)
     if name is None:
         own = [job for job in known if job.rpartition("-")[0] != DOCTOR]
@@ -118,7 +113,7 @@ def found(
         running = [job for job in own if prefer_running and not known[job].status.is_terminal()]
         return (running or own)[0]
     if name not in known:
-        raise UserError(f"there is no {name!r}; there are {', '.join([*list(known)[:10], *others]) or 'no jobs'}")
+        raise UserError(f"there is no {name!r}; the last jobs: {', '.join(list(known)[:10]) or 'none'}")
     return name
 
 

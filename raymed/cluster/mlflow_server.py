@@ -162,6 +162,6 @@ def _variable(name: str) -> str:
 
 
 if __name__ == "__main__":
-    from raymed.registry.command import command
+    from raymed.command import command
 
     command(MlflowConfig, run)

@@ -7,12 +7,12 @@
     grafana/            a data source and the board, as Grafana reads them when it starts
     boards/             the board (cluster/monitoring/boards/raymed.json)
 
-The programs are the user's own. Both listen on 127.0.0.1 as they are started below; Prometheus must reach the nodes.
+The programs are the user's own. Both listen on 127.0.0.1 as they are started below. Prometheus must reach the nodes:
+where this machine does not, nothing is written, and it is said where Prometheus has to run.
 """
 
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +22,24 @@ from urllib.parse import urlparse
 import tyro
 
 from raymed.cluster import state
-from raymed.cluster.state import Cluster, write_private
+from raymed.cluster.state import Cluster
 from raymed.cluster.whole import keep_out
+from raymed.command import command
 from raymed.config import UserError, check_range
+from raymed.storage import write_private
 
 TOKEN = "RAYMED_SERVE_TOKEN"
 """Environment variable that has a token of the server of models."""
+_ON_HEAD = (
+    "start Prometheus on the head, with cluster/monitoring/prometheus.yml as it stands and the token, which is "
+    "~/.ray/auth_token there, beside it as ray.token"
+)
+_IN_NAMESPACE = (
+    "start Prometheus in a pod of its namespace, with cluster/monitoring/prometheus.yml, where raymed-head-svc takes "
+    "the place of 127.0.0.1, and the token, auth_token of the secret raymed-token, beside it as ray.token"
+)
+_BEHIND = {"aws": _ON_HEAD, "gcp": _ON_HEAD, "kuberay": _IN_NAMESPACE}
+"""Providers whose nodes have addresses that lead nowhere from here, and what to do."""
 SOURCE = Path(__file__).resolve().parents[2] / "cluster" / "monitoring"
 
 
@@ -53,8 +65,10 @@ class Monitoring:
 def write(config: Monitoring, cluster: Cluster) -> list[str]:
     """Write the folder for a cluster. Returns the commands that start the programs.
 
-    Raises UserError where the cluster has no dashboard that can be asked, or the folder cannot be written.
+    Raises UserError where this machine does not reach the nodes, the cluster has no dashboard that can be asked, or the
+    folder cannot be written.
     """
+    _check_reached(cluster)
     folder = config.folder.absolute()
     try:
         shutil.copytree(SOURCE, folder, dirs_exist_ok=True)
@@ -75,6 +89,17 @@ def write(config: Monitoring, cluster: Cluster) -> list[str]:
         f"GF_PATHS_PROVISIONING={folder}/grafana GF_SERVER_HTTP_ADDR=127.0.0.1 "
         f"GF_SERVER_HTTP_PORT={config.grafana_port} grafana server --homepath /usr/share/grafana",
     ]
+
+
+def _check_reached(cluster: Cluster) -> None:
+    what_to_do = _BEHIND.get(cluster.provider)
+    if cluster.facts.get("isolated"):
+        what_to_do = "nothing outside of its network namespace does; to watch one, bring it up without --isolated"
+    if what_to_do:
+        raise UserError(
+            f"from this machine a Prometheus would not reach the nodes of this cluster ({cluster.provider}): "
+            f"{what_to_do}; see Watching in cluster/README.md"
+        )
 
 
 def _prometheus(content: dict[str, Any], cluster: Cluster, config: Monitoring) -> None:
@@ -105,18 +130,14 @@ def _change(path: Path, change: Callable[[Any], None]) -> None:
     path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
-def main(config: Monitoring) -> None:
-    """Write the folder for the cluster that is up, and say how to go on."""
-    commands = write(config, state.required())
-    print("start these, each in a terminal of its own or as a service:\n", *commands, sep="\n")
-    print(f"\nthen open http://127.0.0.1:{config.grafana_port}/d/raymed")
+def main(config: Monitoring) -> str:
+    """Write the folder for the cluster that is up; returns how to go on."""
+    said = ["start these, each in a terminal of its own or as a service:\n", *write(config, state.required())]
+    said += [f"\nthen open http://127.0.0.1:{config.grafana_port}/d/raymed"]
     if config.server and not os.environ.get(TOKEN):
-        print(f"for the server of models, put one of its tokens into {config.folder.absolute()}/serve.token")
+        said += [f"for the server of models, put one of its tokens into {config.folder.absolute()}/serve.token"]
+    return "\n".join(said)
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Monitoring, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command(Monitoring, main)

@@ -35,8 +35,8 @@ from tyro.conf import Positional, arg
 
 from raymed.cluster import outgoing, sums
 from raymed.cluster.whole import check, new_folder
+from raymed.command import command
 from raymed.config import UserError, check_choice, to_json
-from raymed.registry.command import command
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement

@@ -194,6 +194,6 @@ def run(config: SpotConfig) -> str:
 
 
 if __name__ == "__main__":
-    from raymed.registry.command import command
+    from raymed.command import command
 
     command(SpotConfig, run)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raymed.config import UserError, from_dict, to_json
+from raymed.storage import write_private
 
 FILE = "cluster.json"
 
@@ -71,16 +72,6 @@ def required() -> Cluster:
 def save(cluster: Cluster) -> None:
     """Remember a cluster, whole or not at all."""
     write_private(folder() / FILE, to_json(dataclasses.asdict(cluster)))
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file whole or not at all, which only its owner can read at any time."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text)
-    temporary.replace(path)
 
 
 def forget() -> None:

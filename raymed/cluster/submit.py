@@ -38,8 +38,9 @@ def submit(cluster: Cluster, job: str, flags: Sequence[str] = (), *, wait: bool 
     """
     project = Path.cwd()
     script = _script(project, job)
+    jobs.settle(cluster)
+    size = checked_size(project)
     with jobs.client(cluster) as ray:
-        size = checked_size(project)
         name = _sent(ray, project, script, flags)
         print(f"{name} is submitted, with {size / 1e6:.1f} MB of files", flush=True)
         if wait:

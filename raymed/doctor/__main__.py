@@ -4,14 +4,16 @@ Every check does what a job would do, and says what to do where it fails. Exit c
 """
 
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 from raymed.cluster import state
-from raymed.config import UserError, check_choice, to_dict, to_json
+from raymed.command import exit_code
+from raymed.config import check_choice, to_dict, to_json
 from raymed.doctor.checks import CHECKS
 from raymed.doctor.finding import Finding
-from raymed.doctor.head import on_head
-from raymed.doctor.place import Sweep, find
+from raymed.doctor.head import on_head, way
+from raymed.doctor.place import Place, Sweep, find
 from raymed.doctor.report import row, show
 from raymed.doctor.runner import examine
 
@@ -43,12 +45,11 @@ def main(config: Doctor) -> int:
     cluster = state.load()
     place, environment = find(config.storage, config.reach, config.nodes, sweep, cluster)
     tell = (lambda finding: None) if config.json else row
-    findings = examine(place, environment, config.only, tell)
-    if place.ray is None:
-        elsewhere = on_head(cluster, config) if cluster else [NO_CLUSTER]
-        for finding in elsewhere:
-            tell(finding)
-        findings += elsewhere
+    if cluster is not None and place.ray is None:
+        findings = _far(cluster, place, environment, config, tell)
+    else:
+        findings = examine(place, environment, config.only, tell)
+        findings += _told([NO_CLUSTER] if place.ray is None else [], tell)
     is_ok = all(finding.level != "failure" for finding in findings)
     if config.json:
         print(to_json({"ok": is_ok, "findings": [to_dict(finding) for finding in findings]}), end="")
@@ -57,14 +58,30 @@ def main(config: Doctor) -> int:
     return 0 if is_ok else 1
 
 
+def _far(
+    cluster: state.Cluster,
+    place: Place,
+    environment: Mapping[str, str],
+    config: Doctor,
+    tell: Callable[[Finding], None],
+) -> list[Finding]:
+    """Of this machine beside a cluster elsewhere, and of that one's head, unless there is no way to it."""
+    with way(cluster) as problem:
+        if problem is not None:
+            alone = replace(place, has_way=False)
+            return [*_told([problem], tell), *examine(alone, environment, config.only, tell)]
+        here = examine(place, environment, config.only, tell)
+        reopened = state.load() or cluster
+        return [*here, *_told(on_head(reopened, config), tell)]
+
+
+def _told(findings: list[Finding], tell: Callable[[Finding], None]) -> list[Finding]:
+    for finding in findings:
+        tell(finding)
+    return findings
+
+
 if __name__ == "__main__":
     import tyro
 
-    try:
-        code = main(tyro.cli(Doctor, description=__doc__))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = 2
-    except KeyboardInterrupt:
-        code = 130
-    sys.exit(code)
+    sys.exit(exit_code(lambda: main(tyro.cli(Doctor, description=__doc__))))

@@ -1,20 +1,38 @@
-"""The doctor on the head of a cluster that this machine is no node of: as a job, by the dashboard."""
+"""The doctor on the head of a cluster that this machine is no node of: the way there, and a job by the dashboard."""
 
 import dataclasses
 import json
 import secrets
 import shlex
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
-from raymed.cluster import jobs, state
+from raymed.cluster import jobs, providers, state
 from raymed.config import UserError, from_dict
 from raymed.doctor.finding import Finding, failure
 
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
 _SECONDS = 900.0
-_NAME = "head"
+_NAME, _WAY = "head", "way to the head"
 _BEGINNING = '{\n  "ok"'  # of what the doctor prints
 _INSTALL = "install raymed on the head, into the environment that `ray start` runs in; `make logs` shows this job's log"
+
+
+@contextmanager
+def way(cluster: state.Cluster) -> Iterator[Finding | None]:
+    """Within: dashboard and MLflow can be asked from here; tunnels that have ended are opened before. Of what cannot be
+    opened, the finding."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(providers.provider(cluster.provider).reached(cluster))
+            problem = None
+        except UserError as error:
+            problem = dataclasses.replace(failure(str(error), "make cluster-status"), name=_WAY)
+        yield problem
 
 
 def on_head(cluster: state.Cluster, config: Any) -> list[Finding]:
@@ -23,19 +41,27 @@ def on_head(cluster: state.Cluster, config: Any) -> list[Finding]:
     # There the environment of the nodes says what is to be looked at.
     elsewhere: dict[str, Any] = {"env_vars": {"RAYMED_CLUSTER": "/nowhere"}}
     try:
-        with jobs.client(cluster) as ray:
+        with jobs.client(cluster) as ray, _stopped(ray, name):
             ray.submit_job(entrypoint=_command(config), runtime_env=elsewhere, submission_id=name)
             while not ray.get_job_status(name).is_terminal():
                 if time.monotonic() > until:
-                    ray.stop_job(name)
-                    return [
-                        _failed(f"the doctor has not ended on the head within {_SECONDS:g} s", "make cluster-status")
-                    ]
+                    slow = f"the doctor has not ended on the head within {_SECONDS:g} s"
+                    return [_failed(slow, "make cluster-status")]
                 time.sleep(1)
             log = ray.get_job_logs(name)
     except UserError as error:
         return [_failed(str(error), "make cluster-status")]
     return read(log)
+
+
+@contextmanager
+def _stopped(ray: "JobSubmissionClient", name: str) -> Iterator[None]:
+    """Within, the job may run; afterwards it does not, however it was left: with Ctrl-C, or a connection that broke."""
+    try:
+        yield
+    finally:
+        with suppress(Exception):  # what ended the waiting is what is told
+            ray.stop_job(name)  # does nothing to one that has ended
 
 
 def read(log: str) -> list[Finding]:

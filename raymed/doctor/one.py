@@ -8,7 +8,7 @@ from raymed.config import UserError, from_dict, to_json
 from raymed.doctor.checks import CHECKS, Check
 from raymed.doctor.finding import Finding, failure
 from raymed.doctor.place import Place
-from raymed.tracking import telemetry_off
+from raymed.telemetry import telemetry_off
 
 _AGAIN = "python -m raymed.doctor --only '{name}' repeats this check alone"
 

@@ -45,10 +45,13 @@ class Place:
     sweep: Sweep = Sweep()
     has_storage: bool = True
     """Whether the storage is this machine's to look at; that of a cluster elsewhere is its head's."""
+    has_way: bool = True
+    """Whether the cluster's dashboard and MLflow can be asked from here."""
 
     def services(self) -> dict[str, str]:
         """URL by name of what has to answer."""
-        named = {"dashboard": self.dashboard, "MLflow": self.mlflow, "S3": self.s3}
+        far = {"dashboard": self.dashboard, "MLflow": self.mlflow} if self.has_way else {}
+        named = {**far, "S3": self.s3}
         return {name: url for name, url in named.items() if url} | {url: url for url in self.reach}
 
 

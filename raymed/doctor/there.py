@@ -6,7 +6,6 @@ It travels by value, whole, to nodes that may have no raymed or another one: it 
 import hashlib
 import secrets
 import socket
-import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -136,7 +135,6 @@ class Probe:
 
     def __init__(self):
         self._server: Answering | None = None
-        self._blob = b""
 
     def versions(self) -> dict[str, str]:
         """See `versions`."""
@@ -220,4 +218,4 @@ class Probe:
             dist.destroy_process_group()
         except (RuntimeError, OSError, ValueError) as error:  # all that torch.distributed raises
             problem = str(error).strip().splitlines()[0][:300]
-        return {"interface": interface, "problem": problem, "python": sys.executable}
+        return {"interface": interface, "problem": problem}

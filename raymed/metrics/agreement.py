@@ -123,44 +123,37 @@ def agreement_figures(
 
 @dataclass(frozen=True)
 class Consensus:
-    """labels: (N,) int64, `UNREAD` where there is none. How many rows were unanimous, by majority, tied and settled by
-    the named reader, tied and left unlabelled, and unread by all: they add up to N."""
+    """labels: (N,) int64, `UNREAD` where there is none. How many rows were unanimous, by majority, tied (they
+    have no label), and unread by all: they add up to N."""
 
     labels: np.ndarray
     unanimous: int
     majority: int
-    settled: int
     tied: int
     unread: int
 
 
-def consensus(readings: np.ndarray, tie_reader: int | None = None) -> Consensus:
+def consensus(readings: np.ndarray) -> Consensus:
     """The class that more readers gave than any other.
 
     Args:
         readings: (N, R) int, `UNREAD` where there is none; a row read by one reader has his reading.
-        tie_reader: whose reading holds where classes are tied, if it is one of them; None = such rows have none.
     """
     readings = np.asarray(readings)
     classes = np.unique(readings[readings != UNREAD])
     if not len(classes):
-        return Consensus(np.full(len(readings), UNREAD), 0, 0, 0, 0, len(readings))
+        return Consensus(np.full(len(readings), UNREAD), 0, 0, 0, len(readings))
     votes = (readings[:, :, None] == classes).sum(axis=1)
     most = votes.max(axis=1)
-    read, leads = most > 0, votes == most[:, None]
-    tied = read & (leads.sum(axis=1) > 1)
+    read = most > 0
+    tied = read & ((votes == most[:, None]).sum(axis=1) > 1)
     labels = np.where(read & ~tied, classes[votes.argmax(axis=1)], UNREAD)
-    if tie_reader is not None:
-        settles = tied & (leads & (readings[:, [tie_reader]] == classes)).any(axis=1)
-        labels[settles] = readings[settles, tie_reader]
     unanimous = read & (most == votes.sum(axis=1))
-    num_settled = int((tied & (labels != UNREAD)).sum())
     return Consensus(
         labels=labels.astype(np.int64),
         unanimous=int(unanimous.sum()),
         majority=int((read & ~tied & ~unanimous).sum()),
-        settled=num_settled,
-        tied=int(tied.sum()) - num_settled,
+        tied=int(tied.sum()),
         unread=int((~read).sum()),
     )
 

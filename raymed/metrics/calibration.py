@@ -65,44 +65,6 @@ def logit_of(scores: ArrayLike) -> np.ndarray:
     return logit(np.clip(np.asarray(scores, np.float64), 1e-16, 1 - 1e-16))
 
 
-def calibrate(scores: np.ndarray, targets: np.ndarray, patients: np.ndarray) -> tuple[Calibration, dict[str, Any]]:
-    """The calibration of validation scores, if it helps on patients it was not fitted on, else the identity.
-
-    Args:
-        scores: (N,) probabilities of the positive class in [0, 1]. targets: (N,) of {0, 1}.
-        patients: (N,) who each image is of: no patient is in two folds.
-
-    Returns:
-        The calibration, fitted on all N, and a report: applied, reason, temperature, bias; before and after: {nll,
-        brier, ece} of the scores as they are and of scores calibrated by cross-fitting, each by a fit on the other
-        folds, so that "after" is no figure of the fit's own data; folds, images, patients. It is applied when the
-        cross-fitted negative log-likelihood, the quantity that is fitted, is lower than before.
-    """
-    logits, targets = logit_of(scores), np.asarray(targets, np.float64)
-    report: dict[str, Any] = {"method": "Platt scaling of the logit", "images": len(logits)}
-    report |= {
-        "patients": len(np.unique(patients)),
-        "folds": 0,
-        "before": probability_figures(Calibration()(logits), targets),
-    }
-    after, folds = np.full(len(logits), np.nan), 0
-    for kept, held_out in patient_folds(targets, patients):
-        after[held_out] = Calibration.fit(logits[kept], targets[kept])(logits[held_out])
-        folds += 1
-    if not folds:
-        return _kept_as_is(report, "fewer than two patients of each class: nothing to check a calibration on")
-    report |= {"folds": folds, "after": probability_figures(after, targets)}
-    if report["after"]["nll"] >= report["before"]["nll"]:
-        return _kept_as_is(report, "out of fold, calibration did not lower the negative log-likelihood")
-    found = Calibration.fit(logits, targets)
-    reason = "out of fold, calibration lowered the negative log-likelihood"
-    return found, report | {"applied": True, "reason": reason, **vars(found)}
-
-
-def _kept_as_is(report: dict[str, Any], reason: str) -> tuple[Calibration, dict[str, Any]]:
-    return Calibration(), report | {"applied": False, "reason": reason, **vars(Calibration())}
-
-
 def probability_figures(probabilities: np.ndarray, targets: np.ndarray) -> dict[str, float]:
     """nll, the mean negative log-likelihood; brier and ece as in `binary_metrics`; of (N,) scores and targets."""
     figures = binary_metrics(probabilities, targets, 0.5)

@@ -123,7 +123,6 @@ def level_table(
     *,
     level: str = "case",
     rows: ArrayLike | None = None,
-    mixed: Literal["refuse", "positive"] = "refuse",
 ) -> LevelTable:
     """The units of N images: scores by `aggregate`, and the target and patient that a unit's images have in common.
 
@@ -131,14 +130,11 @@ def level_table(
         scores, units, how: as `aggregate`. targets: (N,) of {0, 1}. patients: (N,).
         level: what a unit is, for messages.
         rows: (N,) of the manifest, from 1, for messages; by default 1, ..., N.
-        mixed: what of a unit whose images have different labels. "refuse": raise. "positive": it is positive, as a case
-            is of which one side is, where labels are of sides.
 
     Raises:
-        UserError: as `aggregate`; a target is neither 0 nor 1; images of one unit with different labels (unless mixed =
-            "positive") or of different patients, all named by their rows.
+        UserError: as `aggregate`; a target is neither 0 nor 1; images of one unit with different labels or of different
+            patients, all named by their rows.
     """
-    check_choice("mixed", mixed, ("refuse", "positive"))
     found, ids = aggregate(scores, units, how)
     units, targets, patients = np.asarray(units, np.int64), np.asarray(targets), np.asarray(patients)
     if not targets.shape == patients.shape == units.shape:
@@ -151,12 +147,11 @@ def level_table(
     if several := _mixed(np.unique(patients, return_inverse=True)[1], units):
         advice = f"give each {level} a name of its own"
         raise UserError(_named(several, units, rows, f"the images of one {level} are of several patients: {advice}"))
-    if mixed == "refuse" and (several := _mixed(targets, units)):
+    if several := _mixed(targets, units):
         advice = f"correct them, or decide about something finer than the {level} (--decide.unit image)"
         raise UserError(_named(several, units, rows, f"the labels of one {level} differ: {advice}", targets))
-    first, member, num_images = np.unique(units, return_index=True, return_inverse=True, return_counts=True)[1:]
-    positive = np.bincount(member, targets, len(ids)) > 0
-    return LevelTable(level, found, positive.astype(np.int64), patients[first], ids, num_images)
+    _, first, num_images = np.unique(units, return_index=True, return_counts=True)
+    return LevelTable(level, found, targets[first].astype(np.int64), patients[first], ids, num_images)
 
 
 def _mixed(values: np.ndarray, units: np.ndarray) -> list[int]:

@@ -207,7 +207,7 @@ def calibrator_to_dict(calibrator: Calibrator) -> dict[str, Any]:
 
 
 def calibrator_from_dict(values: Mapping[str, Any]) -> Calibrator:
-    """What `calibrator_to_dict` wrote, or the report of `fit_calibrator` or `calibrate`; {} is the identity.
+    """What `calibrator_to_dict` wrote, or the report of `fit_calibrator`; {} is the identity.
 
     Raises UserError for an unknown kind.
     """
@@ -221,11 +221,15 @@ def fit_calibrator(
 ) -> tuple[Calibrator, dict[str, Any]]:
     """The calibration of scores outside the test set, if it helps on patients it was not fitted on, else the identity.
 
-    What `calibrate` does with Platt scaling, for any method; the report is the same, and `calibrator_from_dict` reads
-    the calibrator from it.
-
     Args:
-        scores: (N,) probabilities of the positive class in [0, 1]. targets: (N,) of {0, 1}. patients: (N,).
+        scores: (N,) probabilities of the positive class in [0, 1]. targets: (N,) of {0, 1}.
+        patients: (N,) who each image is of: no patient is in two folds.
+
+    Returns:
+        The calibrator, fitted on all N, and a report: method, applied, reason, what `calibrator_to_dict` says (and
+        `calibrator_from_dict` reads); before and after: {nll, brier, ece} of the scores as they are and of scores
+        calibrated by cross-fitting, each by a fit on the other folds, so that "after" is no figure of the fit's own
+        data; folds, images, patients. It is applied when the cross-fitted negative log-likelihood is lower than before.
 
     Raises:
         UserError: an unknown method; as `binary_metrics`.

@@ -57,7 +57,8 @@ class Audit:
 
     def add(self, **what: Any) -> dict[str, Any]:
         """Add a decision, with its number, the time and the account that it was made from; returns it as `entries`.
-        Raises UserError where it cannot be written: nothing is to be done that is not on record."""
+        Raises UserError where it cannot be written, or not be put in its bucket, and then nothing of it stays: nothing
+        is to be done that is not on record, nor to be on record that nobody does."""
         with self.alone():
             self._pull()
             lines = self._lines()
@@ -70,8 +71,13 @@ class Audit:
             }
             entry = json.loads(to_json(entry))
             line = json.dumps(entry, ensure_ascii=False).encode()
+            size = self._size()
             self._append(line)
-            push_file(self.path)
+            try:
+                push_file(self.path)
+            except BaseException:
+                os.truncate(self.path, size)
+                raise
         return entry | {"sha256": _sha256(line)}
 
     def entries(self, model: str | None = None) -> list[dict[str, Any]]:

@@ -59,6 +59,30 @@ def on_record(
         raise UserError(f"{record['action']} of {version.name}: {_said(outcome, now)} ({_kind(error)})") from error
 
 
+@contextmanager
+def rest(
+    client: "MlflowClient", audit: Audit | None, version: "ModelVersion", record: dict[str, Any], left: str
+) -> Iterator[None]:
+    """Do the rest of a decision in the block: what takes long, so that it is not done before others may decide.
+
+    record: with what `on_record` gave. left: what is done and what may not be, where the block fails. Then a line says
+    "done in part". Raises UserError that says the same.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if audit:
+            with audit.alone():
+                now = _state_now(client, version)
+                known = {"model": version.name, "decision": record["audit"], "now": now, "why": _kind(error)}
+                put_on_record(client, audit, action=IN_PART, **known)
+        if not isinstance(error, Exception):
+            raise
+        why = error if isinstance(error, UserError) else _kind(error)
+        done = f"{record['action']} of {version.name}: it was {IN_PART}"
+        raise UserError(f"{done}: {left} ({why}). The same command does the rest") from error
+
+
 def put_on_record(client: "MlflowClient", audit: Audit, **what: Any) -> None:
     """Add a line after which nothing is done. Where MLflow cannot hold it, the next line that it holds does."""
     entry = audit.add(**what)

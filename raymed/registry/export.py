@@ -14,6 +14,7 @@ the file itself (ONNX metadata, torch.export extra files) and in a JSON beside i
 
 import json
 import logging
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ from raymed.metrics.calibration import Calibration
 from raymed.metrics.reliability import Calibrator, Isotonic, Temperature
 from raymed.registry.card import metadata, write_card
 from raymed.storage import write_atomic
+from raymed.storage.leftovers import remove, sweep, temporary
 from raymed.tasks.predictor import Predictor
 
 Format = Literal["onnx", "torch", "monai"]
@@ -123,18 +125,18 @@ def export(bundle: Bundle, path: Path, format: Format, images: Sequence[np.ndarr
     pixels = _pixels(predictor, images)
     description = describe(bundle, predictor)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp{path.suffix}")
+    arriving = path.with_name(f".{path.name}.tmp{path.suffix}")
     try:
-        run = (_to_onnx if format == "onnx" else _to_torch)(Graph(predictor).eval(), pixels, temporary, description)
+        run = (_to_onnx if format == "onnx" else _to_torch)(Graph(predictor).eval(), pixels, arriving, description)
         difference = parity(predictor, run, pixels)
         if not difference < TOLERANCE:
             raise UserError(
                 f"the exported network's probabilities differ from the bundle's by up to {difference:.2g}, more than "
                 f"{TOLERANCE:g}: nothing is written"
             )
-        temporary.replace(path)
+        arriving.replace(path)
     finally:
-        temporary.unlink(missing_ok=True)
+        arriving.unlink(missing_ok=True)
     checked = {"max_difference": difference, "num_images": len(pixels), "real_images": bool(len(images))}
     write_atomic(path.with_name(f"{path.name}.json"), to_json(description | {"parity": checked}))
     return Exported(path, difference, len(pixels))
@@ -143,12 +145,24 @@ def export(bundle: Bundle, path: Path, format: Format, images: Sequence[np.ndarr
 def export_monai(folder: Path, into: Path) -> Path:
     """Lay a bundle's folder out as a MONAI bundle (configs, docs, models), with the network as ONNX in `models`.
 
-    The network is exported and checked as by `export`. Raises UserError when `into` exists and is not empty.
+    The network is exported and checked as by `export`. Raises as that does, when nothing is left, and UserError when
+    `into` exists and is not empty.
     """
     if into.exists() and any(into.iterdir()):
         raise UserError(f"{into} is not empty: give a new folder")
-    bundle = Bundle.load(folder)
-    models = into / "models"
+    into.parent.mkdir(parents=True, exist_ok=True)
+    sweep(into.parent, deep=False)
+    making = temporary(into)
+    try:
+        _lay_out(folder, making)
+        os.replace(making, into)
+    finally:
+        remove(making)
+    return into
+
+
+def _lay_out(folder: Path, into: Path) -> None:
+    bundle, models = Bundle.load(folder), into / "models"
     export(bundle, models / "model.onnx", "onnx")
     for file in ("model.safetensors", "extras.safetensors", "bundle.json"):
         if (folder / file).is_file():
@@ -161,7 +175,6 @@ def export_monai(folder: Path, into: Path) -> Path:
     data, weights = bundle.licences["data"], bundle.licences["weights"]
     write_atomic(into / "docs" / "data_license.txt", f"{data['name']}\nSource: {data['source']}\n")
     write_atomic(into / "LICENSE", f"Of the weights: {weights['name']}\nSource: {weights['source']}\n")
-    return into
 
 
 def _check_kind(bundle: Bundle) -> None:

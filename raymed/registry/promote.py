@@ -31,9 +31,9 @@ from raymed.config import UserError, to_json
 from raymed.registry.audit import Anchor, Audit
 from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
-from raymed.registry.decisions import INTENDED_USE, RELEASED, alone, held, on_record, put_on_record
+from raymed.registry.decisions import INTENDED_USE, RELEASED, alone, held, on_record, put_on_record, rest
 from raymed.registry.gates import Examination, is_passed
-from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, version_of
+from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, registered_models, version_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -200,22 +200,24 @@ def restrict(
     audit: Audit | None = None,
 ) -> None:
     """Put the mark back: on the version at once, which servers go by, then in its bundle and card. Raises UserError for
-    a version that has no use, and so was never released."""
+    a version that has no use, and so was never released, and where the bundle and card cannot be written."""
     if not is_stated(version.tags.get(INTENDED_USE, NOT_STATED)):
         raise UserError(f"{version.name} version {version.version} was never released: it is for research only")
     intended_use, record = version.tags[INTENDED_USE], _described("restrict", version, version, version, by, why)
-    with alone(audit), on_record(client, audit, version, record):
+    with alone(audit), on_record(client, audit, version, record) as line:
         client.set_model_version_tag(version.name, version.version, RELEASED, NOT_STATED)
-    with _made_anew(client, version, intended_use, NOT_STATED) as made, alone(audit):
-        now = client.get_model_version(version.name, version.version)
-        if not is_released(now) and now.tags.get(INTENDED_USE) == intended_use:  # nobody has decided again meanwhile
-            _write_use_and_release(client, version, intended_use, NOT_STATED, made)
+    left = f"version {version.version} has the mark, which servers go by, but its bundle and card may not have it"
+    with rest(client, audit, version, record | line, left):
+        with _made_anew(client, version, intended_use, NOT_STATED) as made, alone(audit):
+            now = client.get_model_version(version.name, version.version)
+            if not is_released(now) and now.tags.get(INTENDED_USE) == intended_use:  # nobody has decided again
+                _write_use_and_release(client, version, intended_use, NOT_STATED, made)
 
 
 def anchors(client: "MlflowClient") -> dict[str, Anchor]:
     """By their sha256, the lines of logs that MLflow holds: in tags of every model, and in records of promotions."""
     found: dict[str, Anchor] = {}
-    for model in client.search_registered_models(max_results=1000):
+    for model in registered_models(client):
         for record in promotions(client, model.name):
             if record.get("audit"):
                 what = f"promotion {record['number']} of {model.name}"

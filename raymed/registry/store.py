@@ -1,6 +1,7 @@
 """What is asked of MLflow's registry."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -39,6 +40,15 @@ def lookup(client: "MlflowClient", name: str) -> "RegisteredModel | None":
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
+
+
+def registered_models(client: "MlflowClient") -> "Iterator[RegisteredModel]":
+    """All of them; MLflow gives them page by page."""
+    page = client.search_registered_models()
+    yield from page
+    while page.token:
+        page = client.search_registered_models(page_token=page.token)
+        yield from page
 
 
 def alias_of(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | None":
@@ -94,6 +104,6 @@ def load_model(model: str, tracking: str | None, storage: str | None) -> Bundle:
 def _model(client: "MlflowClient", name: str) -> "RegisteredModel":
     model = lookup(client, name)
     if model is None:
-        names = ", ".join(model.name for model in client.search_registered_models())
+        names = ", ".join(model.name for model in registered_models(client))
         raise UserError(f"there is no registered model {name!r}: there are {names or 'none at all'}")
     return model

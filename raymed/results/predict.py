@@ -24,7 +24,7 @@ import torch
 
 from raymed.bundle import NOT_STATED, Bundle
 from raymed.config import UserError, check_range
-from raymed.data.intake.scan import CLOSED, patiently
+from raymed.data.intake.scan import CLOSED, Silent, patiently
 from raymed.data.manifest import DataConfig
 from raymed.data.readers import ImageFile, ImageProblem, Window
 from raymed.registry.promote import is_released
@@ -117,8 +117,11 @@ def bundle_hash(bundle: Bundle) -> str:
         return hashlib.sha256((bundle.save(Path(folder)) / "bundle.json").read_bytes()).hexdigest()
 
 
-def asked_cases(bundle: Bundle, images: ImageFolder, data: DataConfig) -> Asked:
+def asked_cases(bundle: Bundle, images: ImageFolder, data: DataConfig, most_frames: int | None = None) -> Asked:
     """The cases of a folder or of a manifest, as the model decides about them.
+
+    Args:
+        most_frames: of a file of the folder (`folder_cases`).
 
     Raises:
         UserError: both are stated, or neither; what `folder_cases` and `manifest_cases` raise.
@@ -126,7 +129,7 @@ def asked_cases(bundle: Bundle, images: ImageFolder, data: DataConfig) -> Asked:
     if (images.images is None) == (not data.manifest):
         raise UserError("state what to predict: --images DIR or --data.manifest FILE")
     level = decide_of(bundle.operating_point).unit or "image"
-    return folder_cases(images, level) if images.images else manifest_cases(data, level)
+    return folder_cases(images, level, most_frames) if images.images else manifest_cases(data, level)
 
 
 def predict(
@@ -149,6 +152,7 @@ def predict(
         raise UserError(f"--to must be a file on this machine, which rows can be added to, got {to}")
     to = to.expanduser()
     to.parent.mkdir(parents=True, exist_ok=True)
+    check_share(cases)
     unscored, problems, decisions = 0, 0, dict[str, int]()
     with Tables(to, cases, origin) as tables:
         todo = [case for case in cases if case.key not in tables.done]
@@ -196,7 +200,8 @@ def answer_case(predictor: Predictor, case: Case, root: Path | None = None) -> A
         root: a folder above all images, by which it is told whether their share still answers; None = not known.
 
     Raises:
-        UserError: the share stopped answering, or a bucket cannot be read.
+        Silent: the share stopped answering.
+        UserError: a bucket cannot be read.
     """
     pixels, problems = {}, {}
     for image in case.images:
@@ -251,6 +256,13 @@ def _reasons(
     yield from (f"not used: {name} ({why})" for name, why in problems.items())
 
 
+def check_share(cases: Sequence[Case]) -> None:
+    """Raises Silent where the folder above all images does not answer: answers that stand in the tables would be taken
+    for those of other images."""
+    if root := _root(cases):
+        _wait_for(root)
+
+
 def _root(cases: Sequence[Case]) -> Path | None:
     """The folder above all images of this machine."""
     sources = (image.source for case in cases for image in case.images)
@@ -280,7 +292,7 @@ def _wait_for(root: Path) -> None:
     try:
         patiently(functools.partial(_look_into, root))
     except OSError as error:
-        raise UserError(
+        raise Silent(
             f"{root} stopped answering ({error.strerror or error}): check the share or the network; the same command "
             "goes on"
         ) from error

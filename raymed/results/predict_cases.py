@@ -8,6 +8,7 @@ that the answers name nobody and `whois` takes them back.
 import fnmatch
 import functools
 import hashlib
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -18,7 +19,7 @@ import numpy as np
 from raymed.config import UserError, check_choice
 from raymed.data.intake.header import DAMAGED, EMPTY, Found, describe, normal
 from raymed.data.intake.pseudonyms import Pseudonyms, default_key_file, load_key, vault_of
-from raymed.data.intake.scan import CLOSED, is_foreign, patiently, scan
+from raymed.data.intake.scan import CLOSED, Silent, is_foreign, patiently, scan
 from raymed.data.intake.text_regions import text_boxes
 from raymed.data.locations import Location, Version, as_location, versions
 from raymed.data.manifest import DataConfig, check_there, read_table, usable_rows
@@ -160,8 +161,11 @@ def _of_row(row: dict, level: Level) -> _Named:
     return _Named(case, row.get("side", ""), patient, CaseImage(f"{row['image']}{frame}", row["source"], problem))
 
 
-def folder_cases(config: ImageFolder, level: Level) -> Asked:
+def folder_cases(config: ImageFolder, level: Level, most_frames: int | None = None) -> Asked:
     """The cases of a folder, under pseudonyms, which are remembered in the vault beside the key.
+
+    Args:
+        most_frames: a file that says it has more is one image, without a frame; None = any number is taken.
 
     Raises:
         UserError: there is no such folder, or no image in it; key is no such keyword; the share stopped answering; the
@@ -178,7 +182,9 @@ def folder_cases(config: ImageFolder, level: Level) -> Asked:
         notes.append("the images are of several modalities, and all are used: --modalities states those to use")
     unusable = _unusable(root, config, {image.path for image in scanned.found})
     names = _Names(Pseudonyms(key))
-    found = [*((image, "") for image in scanned.found), *unusable]
+    most = most_frames or math.inf
+    images = (image if image.frames <= most else replace(image, frames=1) for image in scanned.found)
+    found = [*((image, "") for image in images), *unusable]
     named = [one for image, why in found for one in _of_file(image, why, root, names, config, level)]
     if not named:
         raise UserError(f"{root} holds no image, but {'; '.join(notes) or 'nothing'}: give the images' folder")
@@ -265,7 +271,7 @@ def _versions(paths: Sequence[Location]) -> dict[Location, Version]:
     try:
         return patiently(functools.partial(versions, paths))
     except OSError as error:
-        raise UserError(
+        raise Silent(
             f"the images' share stopped answering ({error.strerror or type(error).__name__}): check it or the network; "
             "then start the same command again"
         ) from error

@@ -26,7 +26,8 @@ class Limits:
     """Height x width of all images that are being answered; what comes then is told to come later (503). A case that
     has more by itself is refused (413)."""
     queue: int = 128
-    """Images that wait for one model, half of them of one token; what comes then is told to come later (503, 429)."""
+    """Images that wait for one model, half of them of one token; what comes then is told to come later (503, 429). A
+    case may have more: its images come to the queue by and by."""
     timeout_s: float = 30.0
     """Seconds from the last byte of a request to its answer (503 beyond it)."""
     read_s: float = 20.0

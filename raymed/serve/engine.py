@@ -36,7 +36,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _WORTH = 1.1
 """A larger batch, and more threads, must give so much more throughput."""
 _CASE = 32
-"""Images of a case that are asked for at once (`raymed.serve.handlers.ask_all`): they fit into a caller's share."""
+"""Images of a case that wait at most (`raymed.serve.handlers.ask_all`): they fit into a caller's share."""
 _END_S = 10.0
 """For what the thread is doing when it is to end."""
 _TIMED, _TIMED_S = 3, 0.05
@@ -50,6 +50,8 @@ class Job:
     result: "asyncio.Future[Any]"
     item: Tensor | None = None
     work: Callable[[], Any] | None = None
+    begun: Callable[[], None] = lambda: None
+    """Called in the device's thread, before it is done."""
     caller: str = field(default_factory=asking.get)
     since: float = field(default_factory=time.perf_counter)
 
@@ -108,6 +110,8 @@ class Engine:
         self.threads = hardware.threads or len(os.sched_getaffinity(0))
         self.queue = queue
         self.observe = observe
+        self.at_once = max(1, min(_CASE, queue // 2))
+        """Images of one case that may wait, so that the largest case is answered by the shortest queue."""
         self.computes = True
         """As the last `check` found."""
         self.waiting: dict[str, int] = {}
@@ -116,14 +120,14 @@ class Engine:
         self._thread = Thread()
         self._running = False
 
-    async def ask(self, lane: Lane, item: Tensor) -> Any:
-        """The result of a lane's network for one item. Raises Problem where too many wait for its model: 429 where they
-        are of the same caller, else 503."""
-        return await self._put((lane, (item.shape, item.dtype)), lane.model, item=item)
+    async def ask(self, lane: Lane, item: Tensor, begun: Callable[[], None] = lambda: None) -> Any:
+        """The result of a lane's network for one item. begun: called in the device's thread, when its batch is next.
+        Raises Problem where too many wait for its model: 429 where they are of the same caller, else 503."""
+        return await self._put((lane, (item.shape, item.dtype)), lane.model, item=item, begun=begun)
 
-    async def alone(self, model: str, work: Callable[[], T]) -> T:
-        """The result of some work in the device's thread, between batches. Raises Problem as `ask` does."""
-        return await self._put((None, model), model, work=work)
+    async def alone(self, model: str, work: Callable[[], T], begun: Callable[[], None] = lambda: None) -> T:
+        """The result of some work in the device's thread, between batches. begun, raises: as of `ask`."""
+        return await self._put((None, model), model, work=work, begun=begun)
 
     async def _put(self, key: tuple[Lane | None, Any], model: str, **what: Any) -> Any:
         job = Job(asyncio.get_running_loop().create_future(), **what)
@@ -294,6 +298,8 @@ def _results(engine: Engine, lane: Lane | None, jobs: Sequence[Job]) -> list[Any
     """In the thread: of a batch, or of one piece of work."""
     started = time.perf_counter()
     torch.set_num_threads(engine.threads if lane is None else lane.threads)
+    for job in jobs:
+        job.begun()
     if lane is None:
         (job,) = jobs
         assert job.work is not None

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +13,7 @@ from raymed.models.folding import fold
 from raymed.serve.compiled import compile_modules
 from raymed.serve.engine import Engine, Lane, run_batch
 from raymed.serve.handlers import Handler, handler_class
+from raymed.serve.waits import Waits
 from raymed.tasks.golden import check_golden
 
 _BF16_TOLERANCE = 0.03
@@ -44,8 +44,12 @@ class Live:
     handler: Handler
     lanes: Mapping[str, Lane]
     engine: Engine
-    in_flight: int = 0
     identity: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def at_once(self) -> int:
+        """See `raymed.serve.handlers.Ask`."""
+        return self.engine.at_once
 
     async def __call__(self, network: str, item: Tensor) -> Any:
         """See `raymed.serve.handlers.Ask`."""
@@ -61,34 +65,30 @@ class Asking:
     """What a handler has for one request: see `raymed.serve.handlers.Ask`."""
 
     live: Live
+    waits: Waits = field(default_factory=Waits)
     works_alone: bool = False
     """Whether work alone has been asked for: the networks have answered by then."""
-    _waited_s: float = 0.0
-    _waits_since: float | None = None
-
-    @property
-    def waited_s(self) -> float:
-        """How long work alone has waited, until now, for the device's thread, which it shares with others."""
-        return self._waited_s + (time.perf_counter() - self._waits_since if self._waits_since else 0.0)
 
     @property
     def identity(self) -> Mapping[str, Any]:
         """Of the version."""
         return self.live.identity
 
+    @property
+    def at_once(self) -> int:
+        """See `Live`."""
+        return self.live.at_once
+
     async def __call__(self, network: str, item: Tensor) -> Any:
         """See `Live`."""
-        return await self.live(network, item)
+        with self.waits.piece() as begun:
+            return await self.live.engine.ask(self.live.lanes[network], item, begun)
 
     async def alone(self, work: Callable[[], Any]) -> Any:
         """See `Live`."""
-
-        def begun() -> Any:
-            self._waited_s, self._waits_since = self.waited_s, None
-            return work()
-
-        self.works_alone, self._waits_since = True, time.perf_counter()
-        return await self.live.alone(begun)
+        self.works_alone = True
+        with self.waits.piece() as begun:
+            return await self.live.engine.alone(self.live.name, work, begun)
 
 
 def load_live(name: str, bundle: Bundle, origin: Origin, options: Mapping[str, str], engine: Engine) -> Live:

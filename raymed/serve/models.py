@@ -11,8 +11,8 @@ import asyncio
 import gc
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -110,7 +110,10 @@ class Models:
         return sorted(self.served)
 
     def get(self, name: str, patient: str = "") -> Live:
-        """The version that answers for a patient: always the same one while aliases stay. Raises Problem."""
+        """The version that answers for a patient: always the same one while aliases stay. Raises Problem.
+
+        It stays loaded for as long as somebody refers to it.
+        """
         if name not in self.served:
             raise Problem(
                 404, f"there is no model {name!r}: there are {', '.join(self.names) or 'none'}", field="model"
@@ -125,16 +128,6 @@ class Models:
     def is_shared(self, name: str) -> bool:
         """Whether it matters who the patient is: two versions answer."""
         return name in self.served and CHALLENGER in self.served[name].versions
-
-    @asynccontextmanager
-    async def using(self, name: str, patient: str = "") -> AsyncIterator[Live]:
-        """The version, which stays loaded for as long as the block lasts."""
-        live = self.get(name, patient)
-        live.in_flight += 1
-        try:
-            yield live
-        finally:
-            live.in_flight -= 1
 
     async def follow(self, name: str, every_s: float) -> None:
         """Refresh a model every so many seconds, and whenever somebody says that an alias has moved; for ever."""

@@ -93,7 +93,7 @@ def _tell_case(operation: Schema, fields: Schema) -> None:
     form = {"file": {"type": "array", "items": _BINARY}} | fields
     plain = {"files": {"type": "array", "items": {"type": "string", "format": "byte"}}} | fields
     raw = {kind: {"schema": _BINARY} for kind in _RAW}
-    objects = {"multipart/form-data": form, "application/json": plain}
+    objects = {"multipart/form-data": form, "application/x-www-form-urlencoded": fields, "application/json": plain}
     described = {
         kind: {"schema": {"type": "object", "properties": properties, "additionalProperties": False}}
         for kind, properties in objects.items()

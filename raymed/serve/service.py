@@ -30,6 +30,7 @@ from raymed.serve.sources import source_of
 from raymed.serve.spans import span
 from raymed.serve.uploads import File, decode, quiet
 from raymed.serve.uploads.room import Room
+from raymed.serve.waits import Waits
 
 T = TypeVar("T")
 _CHECK_S = 10.0
@@ -160,15 +161,15 @@ class Service:
         """`predict`, with what the answer is about and who gave it, for answers that are drawn."""
         if not patient and not champion and self.models.is_shared(name):
             patient = await self._in_decoder(patient_of, [file for file in files if isinstance(file, File)])
-        async with self.models.using(name, patient) as live:
-            limit, started = self.config.limits.timeout_s, time.perf_counter()
-            alias, asking = self.models.served[name].alias_of(live), Asking(live)
-            log.note(model=name, version=live.origin.version)
-            try:
-                async with asyncio.timeout(limit):
-                    images, result = await self._answer(asking, files, fields)
-            except TimeoutError:
-                raise _late(limit, asking, fields) from None
+        live = self.models.get(name, patient)
+        limit, started = self.config.limits.timeout_s, time.perf_counter()
+        alias, asking = self.models.served[name].alias_of(live), Asking(live)
+        log.note(model=name, version=live.origin.version)
+        try:
+            async with asyncio.timeout(limit):
+                images, result = await self._answer(asking, files, fields)
+        except TimeoutError:
+            raise _late(limit, asking, fields) from None
         self.metrics.answered(name, alias, result)
         self.metrics.observe("total", name, time.perf_counter() - started, len(images))
         rest = result.model_dump(exclude={"decision", "reasons"})
@@ -195,17 +196,18 @@ class Service:
         if not files and live.handler.needs_image:
             raise Problem(422, f"{live.name} needs an image", field="files")
         with span("prepare", model=live.name):
-            images = await self.prepared(live, files, asked)
+            images = await self.prepared(live, files, asked, asking.waits)
         with span("answer", model=live.name):
             return images, await live.handler.answer(images, asked, asking)
 
-    async def prepared(self, live: Live, files: Sequence[Given], fields: Fields) -> list[Prepared]:
+    async def prepared(self, live: Live, files: Sequence[Given], fields: Fields, waits: Waits) -> list[Prepared]:
         """Files decoded and made ready for the network, in threads."""
         limits, handler, case = self.config.limits, live.handler, self.room.case()
         if len(files) > limits.files:
             raise Problem(413, f"{len(files)} files: at most {limits.files} make a case", field="files")
 
-        def of_file(place: int, file: Given) -> list[Prepared]:
+        def of_file(place: int, file: Given, begun: Callable[[], None]) -> list[Prepared]:
+            begun()
             started = time.perf_counter()
             try:
                 if isinstance(file, File):
@@ -222,7 +224,11 @@ class Service:
             self.metrics.observe("prepare", live.name, time.perf_counter() - decoded, len(found))
             return found
 
-        parts = await asyncio.gather(*(self._in_decoder(of_file, place, file) for place, file in enumerate(files)))
+        async def in_turn(place: int, file: Given) -> list[Prepared]:
+            with waits.piece() as begun:
+                return await self._in_decoder(of_file, place, file, begun)
+
+        parts = await asyncio.gather(*(in_turn(place, file) for place, file in enumerate(files)))
         images = [image for part in parts for image in part]
         check_frames(fields.frames, [image.upload for image in images])
         return images
@@ -232,9 +238,9 @@ class Service:
 
 
 def _late(limit: float, asking: Asking, fields: Mapping[str, Any]) -> Problem:
-    """503, unless it is the explanation that was late, and it waited for others during less than half of the time: it
-    would be late however often it is asked for."""
-    if not fields.get("explain") or not asking.works_alone or asking.waited_s >= limit / 2:
+    """503, unless it is the explanation that was late, and most of the time went into the request's own work, on a busy
+    server as on an idle one: it would be late however often it is asked for."""
+    if not fields.get("explain") or not asking.works_alone or asking.waits.seconds >= limit / 2:
         return busy(f"no answer within {limit:g} s", retry_after=2)
     ways = "fewer images (the field frames), another method, or a server that is given longer (--limits.timeout-s)"
     return Problem(422, f"explain: no map within {limit:g} s: {ways} is expected", field="explain")

@@ -1,5 +1,6 @@
 """Where the versions of a model come from: a bundle's folder (on disk or in a bucket), or MLflow's registry."""
 
+import hashlib
 import json
 import os
 import re
@@ -14,8 +15,8 @@ from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.registry.promote import CANDIDATE, INTENDED_USE, is_released
 from raymed.registry.register import IDENTITY, identity
-from raymed.registry.store import alias_of, fetch_bundle, version_of
-from raymed.serve.config import ServeConfig, Wanted
+from raymed.registry.store import alias_of, fetch_bundle, registered_models, version_of
+from raymed.serve.config import NAME, ServeConfig, Wanted
 from raymed.serve.kept import kept_models
 from raymed.serve.live import Origin
 from raymed.serve.models import CHAMPION, Source, Unreachable
@@ -139,17 +140,44 @@ def registered(config: ServeConfig) -> ServeConfig:
             raise
     if not found:
         raise UserError("nothing is registered yet: train a model first (make demo), or name one, --models NAME=FOLDER")
-    print("\n".join(f"found {text}" for text in found), flush=True)
+    print("\n".join(f"found {_described(text)}" for text in found), flush=True)
     return replace(config, models=found)
 
 
 def _in_use(client: "MlflowClient") -> tuple[str, ...]:
     """NAME=WHERE of every registered model that has a champion or a candidate."""
     found = []
-    for model in client.search_registered_models():
-        name = "-".join(re.findall(r"[A-Za-z0-9_.]+", model.name))
-        found += [f"{name}=models:/{model.name}"] if {CHAMPION, CANDIDATE} & set(model.aliases) else []
+    for model in registered_models(client):
+        if not {CHAMPION, CANDIDATE} & set(model.aliases):
+            continue
+        if not set(model.name) & set("/@,"):
+            found.append(f"{served_name(model.name)}=models:/{model.name}")
+        else:  # of another program: here nobody could state where it lies
+            print(f"the registered model {model.name!r} is NOT SERVED: a name without / @ , is expected", flush=True)
     return tuple(found)
+
+
+def served_name(name: str) -> str:
+    """What a registered model is called by those who ask for it: as it is registered, where that can stand in an
+    address, else what can of it, at most 64 characters, with a hash of the whole.
+
+    served_name("hsg v1") == "hsg-v1-5f86373d". The hash is there whether or not another model is called hsg-v1, so that
+    no address depends on what else is registered.
+    """
+    if NAME.fullmatch(name):
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    legal = "-".join(re.findall(r"[A-Za-z0-9_.]+", name)).lstrip("_.-")[: 64 - len(digest) - 1]
+    return f"{legal}-{digest}" if legal else digest
+
+
+def _described(text: str) -> str:
+    """NAME=WHERE and, where the registry calls the model otherwise, what is to be asked for."""
+    wanted = Wanted.parse(text)
+    parts = _REGISTERED.fullmatch(wanted.where)
+    if parts is None or parts["name"] == wanted.name:
+        return text
+    return f"{text} (the registered model {parts['name']!r} is asked for as {wanted.name})"
 
 
 def source_of(wanted: Wanted, config: ServeConfig) -> Source:

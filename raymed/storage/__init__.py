@@ -21,7 +21,7 @@ from raymed.storage.locations import (
 from raymed.storage.lock import lock
 from raymed.storage.mirror import Mirror
 from raymed.storage.network import is_network_share, local_folder
-from raymed.storage.paths import resolve_storage, storage_folder, write_atomic
+from raymed.storage.paths import resolve_storage, storage_folder, write_atomic, write_private
 
 __all__ = [
     "Mirror",
@@ -43,4 +43,5 @@ __all__ = [
     "working_copy",
     "write_atomic",
     "write_bytes",
+    "write_private",
 ]

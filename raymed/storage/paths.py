@@ -83,15 +83,27 @@ def _writable(folder: Path, by: str) -> Path:
     return folder
 
 
-def write_atomic(path: str | Path, data: str | bytes) -> None:
+def write_private(path: str | Path, data: str | bytes) -> None:
+    """`write_atomic` of a file that at any time only its owner can read; its folder, where there is none, is made so
+    too. Raises UserError where the disk does not take it."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        write_atomic(path, data, 0o600)
+    except OSError as error:
+        raise not_written(path, error) from error
+
+
+def write_atomic(path: str | Path, data: str | bytes, mode: int = 0o666) -> None:
     """Write a file so that a reader, also after a crash, sees the old content or the new one, never a part.
 
-    The data go to a temporary name in the same folder, to the disk, and then take the place of `path`.
+    The data go to a temporary name in the same folder, to the disk, and then take the place of `path`, whose mode is
+    `mode` less the umask from then on.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        with temporary.open("xb") as file:
+        with open(temporary, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
             file.write(data.encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())

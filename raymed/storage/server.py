@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from raymed.config import UserError
+from raymed.storage.paths import write_private
 
 BUCKET = "tests"
 READY_SECONDS = 90
@@ -63,9 +64,7 @@ def write_identities(folder: Path, writer: tuple[str, str], reader: tuple[str, s
     identities = [_identity(*writer, "Admin", "Read", "List", "Tagging", "Write")]
     identities += [_identity(*reader, "Read", "List")] if reader else []
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "s3.json"
-    path.touch(mode=0o600)
-    path.write_text(json.dumps({"identities": identities}))
+    write_private(folder / "s3.json", json.dumps({"identities": identities}))
 
 
 def client_of(environment: Mapping[str, str]) -> Any:

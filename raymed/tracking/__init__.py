@@ -5,7 +5,7 @@ background, and `environment` is what a run records of the machine and the code.
 """
 
 from raymed.tracking.credentials import without_credentials
-from raymed.tracking.environment import SystemMetrics, environment, git_state, installed_packages, telemetry_off
+from raymed.tracking.environment import SystemMetrics, environment, git_state, installed_packages
 from raymed.tracking.mlflow import Tracker, connect
 from raymed.tracking.outbox import Outbox
 
@@ -17,6 +17,5 @@ __all__ = [
     "environment",
     "git_state",
     "installed_packages",
-    "telemetry_off",
     "without_credentials",
 ]

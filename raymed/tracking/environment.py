@@ -1,5 +1,4 @@
-"""What a run records besides its own figures: code, machine, packages and load. Nothing of it leaves the machine
-unasked: `telemetry_off` stops the libraries that report home."""
+"""What a run records besides its own figures: code, machine, packages and load."""
 
 import importlib.metadata
 import itertools
@@ -11,21 +10,10 @@ import threading
 from pathlib import Path
 from typing import Any, Self
 
+from raymed.telemetry import telemetry_off
 from raymed.tracking.outbox import SYSTEM_PREFIX, Outbox
 
 LIBRARIES = ("raymed", "torch", "torchvision", "timm", "ray", "deepspeed", "mlflow", "optuna", "numpy")
-
-
-def telemetry_off() -> None:
-    """Ask every library not to report its use; what the user has set in the environment stays.
-
-    To be called before the libraries are imported; processes started later inherit it.
-    """
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 
 def git_state(folder: str | Path = ".") -> dict[str, Any]:

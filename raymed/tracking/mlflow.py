@@ -22,8 +22,8 @@ from urllib.parse import urlsplit
 
 from raymed.config import UserError
 from raymed.storage import local_folder, remote_of, write_atomic
+from raymed.telemetry import telemetry_off
 from raymed.tracking.credentials import without_credentials
-from raymed.tracking.environment import telemetry_off
 from raymed.tracking.outbox import Outbox, Status
 from raymed.tracking.upload import Store, Upload
 

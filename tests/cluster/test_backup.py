@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -15,14 +16,16 @@ import pytest
 from bright_bundle import bright_bundle
 from registries import MLflow, register_two
 
-from raymed.cluster import state, sums
+from raymed.cluster import backup, state, sums
 from raymed.cluster.backup import Place, restore, save
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
 from raymed.registry.audit import Audit
 from raymed.registry.promote import anchors, promote
 from raymed.registry.store import load_model, version_of
-from raymed.storage import resolve_storage
+from raymed.storage import resolve_storage, write_bytes
+from raymed.storage.s3 import delete as s3_delete
+from raymed.storage.s3 import listing as s3_listing
 from raymed.tasks.predictor import Predictor
 from raymed.tracking import Outbox, Tracker, connect
 
@@ -47,7 +50,8 @@ def fill(storage: Path) -> None:
     register_two(client, bundle, storage / "runs/tune-1")
     for number in (1, 2):
         promote(client, version_of(client, "hsg", number), "research", by="me", why="it is better", audit=audit)
-    for name in ("cache/decoded.npy", "runs/tune-1/checkpoints/step_1.safetensors", "runs/tune-1/lock"):
+    of_servers = ("serve/tokens.json", "serve/jobs/jobs.sqlite", "dicom/RAYMED/images/1.dcm")
+    for name in ("cache/decoded.npy", "runs/tune-1/checkpoints/step_1.safetensors", "runs/tune-1/lock", *of_servers):
         (storage / name).parent.mkdir(parents=True, exist_ok=True)
         (storage / name).write_bytes(b"1")
 
@@ -123,7 +127,8 @@ def test_a_restored_storage_knows_and_answers_the_same(original, saved, tmp_path
     left_out = {"tune-1/checkpoints/step_1.safetensors", "tune-1/lock"}
     left_out |= {name for name in kept if name.endswith((".lock", ".cursor.json", ".pid"))}
     assert here == {name: data for name, data in kept.items() if name not in left_out}
-    assert not (place / "cache").exists() and (saved.stat().st_mode & 0o777) == 0o700
+    assert not any((place / name).exists() for name in ("cache", "serve", "dicom"))
+    assert (saved.stat().st_mode & 0o777) == 0o700
     with closing(sqlite3.connect(place / "mlflow/mlflow.db")) as database:
         assert not [line for line in database.iterdump() if original.as_uri() in line]
 
@@ -178,6 +183,41 @@ def test_to_and_from_a_bucket(original, s3, saved, tmp_path, monkeypatch):
     assert sizes[0] == sizes[1] > 5
     with pytest.raises(UserError, match="goes into an empty storage"):
         restore(tmp_path / "again", at(url))
+
+
+def test_a_registered_bundle_that_goes_meanwhile_is_an_error(original, saved, s3, meanwhile, tmp_path):
+    restore(saved, at(s3.url))
+    artifacts = f"{s3.url}/mlflow/artifacts"
+    [first, *_] = [found.url for found in s3_listing(artifacts) if found.url.endswith("bundle/model.safetensors")]
+    meanwhile(artifacts, lambda: s3_delete([first]))
+    with pytest.raises(UserError, match=f"there is nothing at {first}"):
+        save(tmp_path / "backup", at(s3.url))
+    assert not (tmp_path / "backup").exists()
+
+
+def test_a_registered_bundle_that_was_not_there_is_told_of(saved, tmp_path):
+    home = tmp_path / "home"
+    restore(saved, at(home))
+    shutil.rmtree(connect(None, home).get_model_version_download_uri("hsg", "2").removeprefix("file://"))
+    said = save(tmp_path / "backup", at(home))
+    assert "registered, but without files in this backup: hsg 2\n" in said
+    assert "files in this backup: hsg 2\n" in backup.work(backup.Check(str(tmp_path / "backup")))
+    restore(tmp_path / "backup", at(tmp_path / "again"))
+    assert "registered" not in backup.work(backup.Check(str(saved)))
+
+
+def test_what_the_database_names_is_listed_after_it(saved, monkeypatch, tmp_path):
+    home = tmp_path / "home"
+    restore(saved, at(home))
+    copied = backup._copy_database
+
+    def copy(source: Path, target: Path) -> None:
+        write_bytes(home / "runs/new/bundle.json", b"new")  # and then whatever names it
+        copied(source, target)
+
+    monkeypatch.setattr(backup, "_copy_database", copy)
+    save(tmp_path / "backup", at(home))
+    assert (tmp_path / "backup/storage/runs/new/bundle.json").read_bytes() == b"new"
 
 
 @pytest.fixture

@@ -163,6 +163,20 @@ class TestDocker:
         head = content["services"]["head"]["command"]
         assert "--num-cpus=0" in head and '--resources={"raymed_driver": 1000}' in head
 
+    def test_a_job_in_the_head_of_compose_runs_on_its_cluster(self):
+        """As the file's head says to start it; without an address it would start a Ray of its own, in there."""
+        text = (CLUSTER / "docker" / "compose.yaml").read_text()
+        services = yaml.safe_load(text)["services"]
+        [name] = re.findall(r"^#   docker compose .* exec (\S+) python jobs/", text, re.M)
+        head, address = services[name], services[name]["environment"]["RAY_ADDRESS"]
+        assert address == f"{name}:6379" and f"--address={address}" in services["worker"]["command"]
+        assert head["environment"].keys() - {"RAY_ADDRESS"} == services["worker"]["environment"].keys()
+        assert "--port=6379" in head["command"]
+
+        before = head["command"][: head["command"].index("ray")]  # Ray's head itself looks for no other
+        seen = subprocess.run([*before, "env"], env=os.environ | head["environment"], capture_output=True, text=True)
+        assert seen.returncode == 0 and "RAY_ADDRESS" not in seen.stdout and "RAY_AUTH_MODE=token" in seen.stdout
+
     def test_compose_takes_it(self):
         docker = program("docker")
         if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:

@@ -1,8 +1,9 @@
 """The commands without a cluster, and around one of a provider that is a folder: what is said, and the exit codes."""
 
 import dataclasses
+import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 
-from raymed.cluster import jobs, state
+from raymed.cluster import jobs, state, submit
 from raymed.cluster.__main__ import COMMANDS, main
 from raymed.cluster.providers import Line
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
+
+PARTS = ("mlflow", "raymed-head@me@a", "raymed-worker@me@a", "raymed-worker@me@ws-100234")
+"""Of the folder, as their logs are named."""
 
 
 @pytest.fixture(autouse=True)
@@ -55,8 +59,8 @@ class Folder(ModuleType):
     def down(self, cluster: Cluster) -> None:
         Path(cluster.facts["place"]).rmdir()
 
-    def logs(self, cluster: Cluster) -> Iterator[tuple[str, str]]:
-        yield "mlflow", "the last\nlines"
+    def logs(self, cluster: Cluster) -> dict[str, Callable[[], str]]:
+        return {part: lambda part=part: f"the last\nlines of {part}" for part in PARTS}
 
     @contextmanager
     def reached(self, cluster: Cluster) -> Iterator[str]:
@@ -118,6 +122,8 @@ def test_up_says_where_things_are_and_no_secret(place, capsys):
     assert "hidden-word" not in said
     assert main(["up", "gcp", "--place", str(place)]) == 0
     assert "was up already" in capsys.readouterr().out
+    assert main(["up", "gcp", "--place", f"{place}-2"]) == 0
+    assert "the gcp cluster is up\n" in capsys.readouterr().out, "it is another one than it was"
 
 
 def test_up_beside_a_cluster_of_another_provider_is_refused(place, capsys):
@@ -152,9 +158,40 @@ def test_log_of_a_part(place, capsys):
     main(["up", "gcp", "--place", str(place)])
     capsys.readouterr()
     assert main(["logs", "mlflow"]) == 0
-    assert capsys.readouterr().out == "the last\nlines\n"
+    assert capsys.readouterr().out == "the last\nlines of mlflow\n"
     assert main(["logs", "mlflow", "--follow"]) == 2
     assert "only a job is followed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("raymed-head@me@a", ["raymed-head@me@a"]),
+        ("raymed-head", ["raymed-head@me@a"]),
+        ("head", ["raymed-head@me@a"]),
+        ("raymed-worker", ["raymed-worker@me@a", "raymed-worker@me@ws-100234"]),
+        ("me@a", ["raymed-head@me@a", "raymed-worker@me@a"]),
+        ("raymed-worker@me@ws-100234", ["raymed-worker@me@ws-100234"]),
+        ("me@ws-100234", ["raymed-worker@me@ws-100234"]),
+    ],
+)
+def test_log_of_a_part_that_hosts_have(name, parts, place, capsys):
+    """Also of one whose host is called as a job is."""
+    main(["up", "gcp", "--place", str(place)])
+    capsys.readouterr()
+    assert main(["logs", name]) == 0
+    said = capsys.readouterr().out
+    assert [part for part in PARTS if f"lines of {part}\n" in said] == parts
+    assert said.count("==>") == (len(parts) if len(parts) > 1 else 0)
+
+
+@pytest.mark.parametrize("name", [["raymed-heed"], ["train-00000a"], []])
+def test_where_the_dashboard_is_down_the_parts_that_have_logs_are_named(name, place, capsys):
+    main(["up", "gcp", "--place", str(place)])
+    capsys.readouterr()
+    assert main(["logs", *name]) == 2
+    said = capsys.readouterr().err
+    assert "does not answer" in said and said.endswith(f"parts that have a log: {', '.join(PARTS)}\n")
 
 
 def test_state_that_cannot_be_read(home, capsys):
@@ -211,3 +248,34 @@ def test_exit_code_of_a_job(status, code, expected, says, capsys):
     job = JobDetails(type=JobType.SUBMISSION, entrypoint="", **told)
     assert jobs.ended("tell", job) == expected
     assert says in capsys.readouterr().err
+
+
+def test_an_error_of_this_machine_is_not_told_as_the_dashboards(home, monkeypatch):
+    """The files are looked at before the dashboard is asked, with the cluster's settings of Ray."""
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RAY_AUTH_MODE", "of the user")
+    monkeypatch.chdir(home)
+    (home / "job.py").touch()
+
+    def packed(project: Path) -> int:
+        raise RuntimeError(f"{project} cannot be packed, {os.environ['RAY_AUTH_MODE']}")
+
+    monkeypatch.setattr(submit, "checked_size", packed)
+    silent = Cluster("local", {"dashboard": "http://127.0.0.1:9"}, {"RAY_AUTH_MODE": "of the cluster"})
+    with pytest.raises(RuntimeError, match="cannot be packed, of the cluster"):
+        submit.submit(silent, "job.py")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [(RuntimeError(), "RuntimeError"), (RuntimeError("Traceback:\n  line 7\nno such job\n"), "no such job")],
+)
+def test_an_error_of_the_dashboard_is_told_also_without_a_text(place, error, told, monkeypatch):
+    monkeypatch.setattr(jobs, "check_answers", lambda url: None)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda url: SimpleNamespace())
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.setenv(name, os.environ[name])  # comes back after the test
+    with pytest.raises(UserError, match=f"the dashboard at http://127.0.0.1:9 cannot do that: {told}$"):
+        with jobs.client(Cluster("gcp")):
+            raise error

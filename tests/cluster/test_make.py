@@ -80,3 +80,15 @@ def test_packs_and_backups_are_what_was_typed(words, module, config, project):
     kinds = (offline.Pack | offline.Check) if module is offline else (backup.Save | backup.Check | backup.Restore)
     assert (python, name) == (".venv/bin/python", module.__name__)
     assert tyro.cli(kinds, args=args) == config  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], []),
+        (["NAME=raymed-worker@admin@10.0.0.1"], ["raymed-worker@admin@10.0.0.1"]),
+        (["NAME=node head", "ARGS=--follow"], ["node head", "--follow"]),
+    ],
+)
+def test_the_name_of_a_log_is_one_word(words, expected, project):
+    assert shlex.split(told(project, "logs", *words))[4:] == expected

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -21,8 +22,10 @@ from PIL import Image
 from raymed.cluster import ports, processes, state
 from raymed.cluster.autoscaled import Autoscaled
 from raymed.cluster.monitoring import SOURCE, TOKEN, Monitoring, write
+from raymed.cluster.providers import kuberay
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
+from raymed.storage import write_private
 
 REPO = Path(__file__).resolve().parents[2]
 BOARD = json.loads((SOURCE / "boards" / "raymed.json").read_text())
@@ -58,7 +61,7 @@ def program(name: str) -> str:
 @pytest.fixture
 def cluster(tmp_path):
     """What is remembered of one that is up."""
-    state.write_private(tmp_path / "token", "ray")
+    write_private(tmp_path / "token", "ray")
     addresses = {"dashboard": "http://127.0.0.1:7265", "serve": "http://127.0.0.1:7000"}
     return Cluster("local", addresses, {"RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")})
 
@@ -120,7 +123,7 @@ def test_what_cannot_be_is_refused(cluster, tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"file.* cannot be written \(.*\): give another folder"):
         write(Monitoring(tmp_path / "file"), cluster)
     with pytest.raises(UserError, match="has no dashboard here"):
-        write(Monitoring(tmp_path / "new"), Cluster("aws"))
+        write(Monitoring(tmp_path / "new"), Cluster("onprem"))
     with pytest.raises(UserError, match="prometheus_port must be"):
         Monitoring(tmp_path, prometheus_port=0)
     with pytest.raises(UserError, match="server: an address such as"):
@@ -129,6 +132,37 @@ def test_what_cannot_be_is_refused(cluster, tmp_path, monkeypatch):
     words = [sys.executable, "-m", "raymed.cluster.monitoring", str(tmp_path / "new")]
     done = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2 and "error: no cluster is up" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("provider", "facts", "said"),
+    [
+        ("aws", {}, "start Prometheus on the head"),
+        ("gcp", {}, "start Prometheus on the head"),
+        ("kuberay", {}, "start Prometheus in a pod of its namespace"),
+        ("local", {"isolated": True}, "bring it up without --isolated"),
+    ],
+)
+def test_nodes_that_are_not_reached_from_here(cluster, tmp_path, provider, facts, said):
+    with pytest.raises(UserError, match=rf"would not reach the nodes of this cluster \({provider}\): .*{said}"):
+        write(Monitoring(tmp_path / "new"), replace(cluster, provider=provider, facts=facts))
+    assert not (tmp_path / "new").exists()
+
+
+def test_what_is_said_of_a_head_and_of_kubernetes_is_so():
+    [ray, _] = yaml.safe_load((SOURCE / "prometheus.yml").read_text())["scrape_configs"]
+    [discovery] = ray["http_sd_configs"]
+    assert discovery["url"].startswith("http://127.0.0.1:8265/")
+    assert discovery["authorization"]["credentials_file"] == "ray.token"
+    machines = SOURCE.parent / "aws.yaml", SOURCE.parent / "gcp.yaml"
+    assert all('"~/.ray/auth_token": "<token>"' in path.read_text() for path in machines)
+    assert kuberay._FAR["dashboard"] == ("service/raymed-head-svc", 8265)
+
+
+@pytest.mark.parametrize("facts", [{}, {"isolated": False}])
+def test_nodes_that_are(cluster, tmp_path, facts):
+    for provider in ("local", "onprem"):
+        assert write(Monitoring(tmp_path / provider), replace(cluster, provider=provider, facts=facts))
 
 
 def test_prometheus_takes_its_file(cluster, tmp_path):

@@ -44,14 +44,6 @@ def test_only_the_owner_can_read_it_whatever_the_mask(folder):
     assert mode(folder) == 0o700 and mode(folder / state.FILE) == 0o600
 
 
-def test_a_file_that_others_could_read_is_private_once_written(tmp_path):
-    path = tmp_path / "token"
-    path.write_text("old")
-    path.chmod(0o644)
-    state.write_private(path, "new")
-    assert mode(path) == 0o600 and path.read_text() == "new"
-
-
 def test_what_is_forgotten_is_gone_and_may_be_forgotten_again():
     state.save(CLUSTER)
     state.forget()

@@ -5,17 +5,22 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from contextlib import contextmanager
 from dataclasses import replace
+from types import ModuleType
 
 import psutil
 import pytest
+from cluster.nodes import free_port
 
 from raymed.cluster import state
+from raymed.cluster.providers import tunnels
 from raymed.config import UserError, to_json
 from raymed.doctor import __main__ as command
 from raymed.doctor import runner
 from raymed.doctor.checks import CHECKS, Check
-from raymed.doctor.finding import failure, ok, warning
+from raymed.doctor.finding import Finding, failure, ok, warning
 from raymed.doctor.head import read
 from raymed.doctor.one import look
 from raymed.doctor.place import Place, Sweep, find
@@ -166,6 +171,55 @@ def test_a_machine_without_a_cluster(monkeypatch, capsys):
     monkeypatch.setattr(command, "examine", lambda *_: [ok("x")])
     assert command.main(command.Doctor(json=True)) == 0
     assert "no cluster is up" in json.loads(capsys.readouterr().out)["findings"][-1]["found"]
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """far(words) -> a cluster elsewhere that is up, whose dashboard lies behind a tunnel, which has ended and which the
+    command `words` (of the port) opens. The doctor's job there asks for the way again, as a client of jobs does."""
+    port = free_port()
+
+    def made(words: Callable[[int], list[str]]) -> state.Cluster:
+        provider = ModuleType("a provider")
+        tunnel = tunnels.Tunnel("dashboard", port, words(port))
+
+        @contextmanager
+        def reached(cluster: state.Cluster):
+            tunnels.opened(cluster, [tunnel])
+            yield cluster.addresses["dashboard"]
+
+        def on_head(cluster: state.Cluster, _) -> list[Finding]:
+            with reached(cluster):
+                return [replace(ok("x"), name="head: Ray")]
+
+        monkeypatch.setattr(provider, "reached", reached, raising=False)
+        monkeypatch.setitem(sys.modules, "raymed.cluster.providers.gcp", provider)
+        monkeypatch.setattr(command, "on_head", on_head)
+        ended = subprocess.Popen(["true"])
+        ended.wait()
+        gone = state.Process("dashboard", ended.pid, 0.0)
+        cluster = state.Cluster("gcp", {"dashboard": f"http://127.0.0.1:{port}"}, processes=(gone,))
+        state.save(cluster)
+        return cluster
+
+    yield made
+    tunnels.close(state.required())
+
+
+def test_what_has_ended_on_the_way_is_opened_before_the_services_are_asked(far, capsys):
+    far(lambda port: [sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1"])
+    assert command.main(command.Doctor(json=True, only=("clock",))) == 0
+    found = {one["name"]: one["found"] for one in json.loads(capsys.readouterr().out)["findings"]}
+    assert found == {"clock": "within 5 s of dashboard", "head: Ray": "x"}
+
+
+def test_no_way_to_the_head_is_one_finding(far, capsys):
+    """What needs none is looked at all the same."""
+    far(lambda _: [sys.executable, "-c", "import sys; sys.exit('Permission denied (publickey)')"])
+    assert command.main(command.Doctor(json=True, only=("clock", "MLflow", "shared memory"))) == 1
+    one, other = json.loads(capsys.readouterr().out)["findings"]
+    assert (one["name"], one["level"], one["remedy"]) == ("way to the head", "failure", "make cluster-status")
+    assert "Permission denied (publickey)" in one["found"] and other["name"] == "shared memory"
 
 
 def test_what_the_head_says():

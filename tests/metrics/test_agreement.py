@@ -134,18 +134,7 @@ READINGS = np.array(
 def test_consensus_by_hand():
     found = consensus(READINGS)
     assert found.labels.tolist() == [1, 1, UNREAD, UNREAD, 0, UNREAD, 2]
-    assert (found.unanimous, found.majority, found.settled, found.tied, found.unread) == (2, 2, 0, 2, 1)
-
-
-def test_a_named_reader_settles_ties():
-    found = consensus(READINGS, tie_reader=1)
-    assert found.labels.tolist() == [1, 1, 1, UNREAD, 0, 1, 2]
-    assert (found.settled, found.tied) == (2, 0)
-    absent = consensus(READINGS, tie_reader=2)  # has not read row 3, and gave one of the tied classes of row 6
-    assert absent.labels.tolist() == [1, 1, UNREAD, UNREAD, 0, 2, 2]
-    assert (absent.settled, absent.tied) == (1, 1)
-    outvoted = consensus(np.array([[0, 0, 1, 1, 2]]), tie_reader=4)  # his class is not one of the tied
-    assert outvoted.labels.tolist() == [UNREAD]
+    assert (found.unanimous, found.majority, found.tied, found.unread) == (2, 2, 2, 1)
 
 
 def test_consensus_of_nobody():

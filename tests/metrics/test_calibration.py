@@ -9,12 +9,12 @@ from sklearn.linear_model import LogisticRegression
 from raymed.metrics.calibration import (
     Calibration,
     band_figures,
-    calibrate,
     logit_of,
     patient_folds,
     uncertain_band,
     upper_bound,
 )
+from raymed.metrics.reliability import fit_calibrator
 
 
 def outcomes(num: int, seed: int = 0):
@@ -27,7 +27,7 @@ def outcomes(num: int, seed: int = 0):
 def test_the_planted_distortion_is_undone():
     """The network says 3 z + 1 where z is true: temperature 3, bias -1/3."""
     true, targets, patients = outcomes(20000)
-    found, report = calibrate(expit(3 * true + 1), targets, patients)
+    found, report = fit_calibrator("platt", expit(3 * true + 1), targets, patients)
     assert found.temperature == pytest.approx(3, rel=0.05) and found.bias == pytest.approx(-1 / 3, abs=0.06)
     np.testing.assert_allclose(found(3 * true + 1), expit(true), atol=0.02)
     assert report["applied"] and (report["temperature"], report["bias"]) == (found.temperature, found.bias)
@@ -55,7 +55,7 @@ def test_a_calibrated_model_with_few_cases_is_left_alone():
     kept = []
     for seed in range(40):
         logits, targets, patients = outcomes(60, seed)
-        found, report = calibrate(expit(logits), targets, patients)
+        found, report = fit_calibrator("platt", expit(logits), targets, patients)
         assert report["applied"] == (report["after"]["nll"] < report["before"]["nll"])
         if not report["applied"]:
             assert found == Calibration() and np.array_equal(found(logits), expit(logits))
@@ -75,7 +75,7 @@ def test_separable_classes_have_a_finite_solution(gap):
 def test_scores_of_0_and_1_do_no_harm():
     scores, targets = np.array([0.0, 1.0, 0.0, 1.0] * 10), np.array([0, 1, 0, 0] * 10)
     assert logit_of([0.0, 1.0]) == pytest.approx([-36.8, 36.7], abs=0.2)
-    found, report = calibrate(scores, targets, np.arange(40))
+    found, report = fit_calibrator("platt", scores, targets, np.arange(40))
     assert report["applied"] and found(logit_of([0.0, 1.0])) == pytest.approx([0.03, 0.5], abs=0.03)
 
 
@@ -87,7 +87,7 @@ def test_the_order_of_scores_is_kept_even_if_they_rank_the_wrong_way():
 
 def test_one_patient_of_a_class_is_too_few_to_check():
     targets = np.array([1, 1, 0, 0, 0, 0])
-    found, report = calibrate(np.linspace(0.9, 0.1, 6), targets, np.array([0, 0, 1, 2, 3, 4]))
+    found, report = fit_calibrator("platt", np.linspace(0.9, 0.1, 6), targets, np.array([0, 0, 1, 2, 3, 4]))
     assert found == Calibration() and not report["applied"] and "two patients of each class" in report["reason"]
 
 

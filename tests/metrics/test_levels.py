@@ -96,11 +96,6 @@ def test_labels_that_differ_within_a_case_are_named_by_row():
     assert "22" not in str(error.value) and "25" not in str(error.value)
 
 
-def test_a_case_is_positive_if_one_side_is():
-    table = level_table(SCORES, [0, 0, 0, 1, 0], np.zeros(5), CASES, "mean", mixed="positive")
-    assert table.targets.tolist() == [0, 1, 0]
-
-
 def test_a_case_of_two_patients_is_refused():
     with pytest.raises(UserError, match="several patients: give each case a name of its own\n  rows 1, 3, 4$"):
         level_table(SCORES, np.ones(5), ["x", "y", "x", "z", "y"], CASES, "mean")

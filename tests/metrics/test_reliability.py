@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from raymed.config import UserError, to_json
 from raymed.metrics import binary_metrics, bootstrap_ci
-from raymed.metrics.calibration import Calibration, calibrate, logit_of
+from raymed.metrics.calibration import Calibration, logit_of
 from raymed.metrics.operating import wilson
 from raymed.metrics.reliability import (
     Isotonic,
@@ -183,17 +183,6 @@ def test_calibrators_are_written_down():
     ) == Calibration(2.0, 1.0)
     with pytest.raises(UserError, match="kind of calibration must be one of 'platt'"):
         calibrator_from_dict({"kind": "beta"})
-
-
-@pytest.mark.parametrize("num", [60, 400])
-def test_platt_is_what_calibrate_does(num):
-    true, targets, patients = outcomes(num)
-    scores = expit(2 * true + 1)
-    found, report = fit_calibrator("platt", scores, targets, patients)
-    expected, of_calibrate = calibrate(scores, targets, patients)
-    assert found == expected == calibrator_from_dict(report)
-    for name, value in of_calibrate.items():
-        assert report[name] == (pytest.approx(value, abs=1e-12) if name in ("before", "after") else value), name
 
 
 @pytest.mark.parametrize("method", ["temperature", "isotonic"])

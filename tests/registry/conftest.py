@@ -118,7 +118,7 @@ def command(place, monkeypatch, capsys):
     """command(flags) -> (exit code, stdout, stderr) of the job in this process."""
 
     def run(flags: list[str], name: str = "promote_model", config: str = "PromoteModel", work: str = "change"):
-        from raymed.registry.command import command
+        from raymed.command import command
 
         module = _job(name)
         monkeypatch.setattr("sys.argv", [name, *flags, "--storage", str(place["storage"])])

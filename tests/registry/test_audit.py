@@ -267,6 +267,23 @@ def test_nothing_is_done_that_cannot_be_put_on_record(client, versions, audit, m
     assert set(client.get_registered_model("m").aliases) == {"candidate"} and promotions(client, "m") == []
 
 
+def test_a_decision_that_the_bucket_does_not_get_is_not_done_and_leaves_no_line(client, versions, audit, monkeypatch):
+    promote(client, versions[0], "triage", audit=audit)
+    before, records = audit.path.read_bytes(), promotions(client, "m")
+
+    def out_of_reach(path):
+        assert path == audit.path
+        raise UserError("http://s3:8333 does not answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raymed.registry.audit.push_file", out_of_reach)
+        with pytest.raises(UserError, match="does not answer"):
+            promote(client, versions[1], "triage", audit=audit)
+    assert audit.path.read_bytes() == before and promotions(client, "m") == records
+    promote(client, versions[1], "triage", audit=audit)
+    assert [e["to_version"] for e in audit.entries()] == [1, 2] and audit.verify(anchors(client)) == 2
+
+
 def test_a_log_in_a_bucket_goes_on_from_another_machine(s3, monkeypatch, tmp_path):
     from raymed.storage import resolve_storage
 

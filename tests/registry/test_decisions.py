@@ -221,6 +221,16 @@ def test_an_end_that_was_cut_is_found(client, versions, audit, decide):
         audit.verify(anchors(client))
 
 
+def test_what_every_page_of_the_registry_holds_is_asked_for(client, versions, audit, monkeypatch):
+    put_on_record(client, audit, action="promote", model="n")
+    challenged(client, versions, audit)
+    real = type(client).search_registered_models
+    monkeypatch.setattr(
+        type(client), "search_registered_models", lambda *a, **how: real(*a, **how | {"max_results": 1})
+    )
+    assert {anchor.what for anchor in anchors(client).values()} == {"decision 1, about n", "decision 2, about m"}
+
+
 def test_a_log_that_is_gone_is_found(client, versions, audit):
     assert audit.verify(anchors(client)) == 0
     challenged(client, versions, audit)

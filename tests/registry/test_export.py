@@ -1,6 +1,7 @@
 """An exported network gives the bundle's own answers, says what they mean, and does not leave when it is wrong."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -137,3 +138,24 @@ def test_monai_layout(folder, tmp_path):
     assert (made / "docs" / "data_license.txt").read_text() == "CC BY 4.0\nSource: the hospital | ward 3\n"
     with pytest.raises(UserError, match="not empty"):
         export_monai(folder, made)
+
+
+def test_a_monai_bundle_that_cannot_be_made_leaves_nothing(folder, tmp_path, monkeypatch):
+    into = tmp_path / "new" / "monai"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        for _ in range(2):
+            with pytest.raises(UserError, match="ONNX needs the package onnxruntime"):
+                export_monai(folder, into)
+    assert list(into.parent.iterdir()) == []
+
+    def broken(models):
+        assert (models / "model.onnx").is_file()
+        raise OSError(28, "No space left on device")
+
+    pytest.importorskip("onnxruntime", reason="raymed[export] is not installed")
+    into.mkdir()
+    monkeypatch.setattr(module, "write_card", broken)
+    with pytest.raises(OSError, match="No space left"):
+        export_monai(folder, into)
+    assert list(into.parent.iterdir()) == [into] and list(into.iterdir()) == []

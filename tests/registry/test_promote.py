@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from mlflow.exceptions import MlflowException
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
@@ -12,7 +13,7 @@ from raymed.registry import RegisterConfig, register
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
 from raymed.registry.gates import Gate
-from raymed.registry.promote import is_released, promote, promotions, release, restrict, roll_back
+from raymed.registry.promote import anchors, is_released, promote, promotions, release, restrict, roll_back
 from raymed.registry.register import IDENTITY, add, identity
 from raymed.registry.store import fetch_bundle, version_of
 
@@ -185,14 +186,41 @@ def test_a_version_is_released_for_its_use_and_restricted_again(registered, comm
     assert aliases(registered) == {"candidate": 2, "champion": 1}
 
 
-def test_a_version_that_cannot_be_fetched_is_restricted_all_the_same(registered, command):
+def test_a_version_that_cannot_be_fetched_is_restricted_all_the_same(registered, command, place):
     released = ["--intended-use", "triage", "--release", "--by", "the board", "--why", "study 12"]
     assert command(["--model", "m", "--version", "1", *released])[0] == 0
     place_of = registered.get_model_version_download_uri("m", "1").removeprefix("file://")
     Path(place_of, "artifacts", "bundle", "model.safetensors").unlink()
     code, _, error = command(["--model", "m", "--version", "1", "--restrict"])
     assert code == 2 and "model.safetensors is missing" in " ".join(error.split())
+    assert "restrict of m: it was done in part: version 1 has the mark" in " ".join(error.split())
     assert not is_released(version_of(registered, "m", 1)), "servers go by the version's tag"
+    *_, decision, outcome = Audit(place["storage"]).entries("m")
+    assert (decision["action"], outcome["action"]) == ("restrict", "done in part")
+    assert outcome["decision"] == decision["sha256"] and outcome["now"]["released_by"] == "not stated"
+
+
+@pytest.mark.parametrize("call", ["fetch_bundle", "shutil.copytree"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), MlflowException("https://user:password@host")])
+def test_restricting_again_does_the_rest(registered, place, tmp_path, monkeypatch, call, error):
+    audit = Audit(place["storage"])
+    release(registered, version_of(registered, "m", 1), "triage", by="the board", why="study 12", audit=audit)
+
+    def broken(*args, **options):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"raymed.registry.promote.{call}", broken)
+        with pytest.raises(UserError, match="done in part: .*The same command does the rest") as raised:
+            restrict(registered, version_of(registered, "m", 1), audit=audit)
+    assert "password" not in str(raised.value) and not is_released(version_of(registered, "m", 1))
+    last = audit.entries()[-1]
+    assert (last["action"], last["why"]) == ("done in part", type(error).__name__)
+    restrict(registered, version_of(registered, "m", 1), audit=audit)
+    folder = fetch_bundle(registered, "models:/m/1", tmp_path / "fetched")
+    assert "For research use only" in (folder / "card.md").read_text()
+    assert [e["action"] for e in audit.entries()] == ["release", "restrict", "done in part", "restrict"]
+    assert audit.verify(anchors(registered)) == 4
 
 
 def test_servers_restrict_a_version_before_its_bundle_is_fetched_and_a_release_meanwhile_stays(registered, monkeypatch):

@@ -46,16 +46,20 @@ def failing_device(client):
 
 @contextmanager
 def hanging_device(client):
-    """Let the device hang at the next image of the model, and compute nothing else meanwhile."""
-    go = threading.Event()
+    """Let the device hang at the next image of the model, and compute nothing else meanwhile; gives an event, set when
+    it does."""
+    began, go = threading.Event(), threading.Event()
 
     def network(batch):
+        began.set()
         go.wait()
         return batch
 
     with answered_by(client, network):
-        yield
-        go.set()
+        try:
+            yield began
+        finally:
+            go.set()
 
 
 @contextmanager
@@ -108,3 +112,23 @@ def test_jobs_of_a_server_whose_device_has_failed_are_left_to_another(device, co
             assert [(job["state"], job["done"]) for job in done] == [("succeeded", 12)] * 2
             waits = ask(client).json()["id"]
         assert ended(client, waits)["state"] == "succeeded", "the device computes again"
+
+
+def ends(client) -> bool:
+    """Whether the thread of jobs has ended when it was told to, as far as anybody waits for it."""
+    stopping = threading.Thread(target=client.jobs.stop, daemon=True)
+    stopping.start()
+    stopping.join(8)
+    return not stopping.is_alive() and not client.jobs._thread.is_alive()
+
+
+def test_a_server_ends_before_it_knows_that_its_device_hangs(config, monkeypatch):
+    monkeypatch.setattr(runner, "_PATIENCE_S", 0.05)
+    with started(config) as client:
+        with hanging_device(client) as hangs:
+            number = ask(client).json()["id"]
+            assert hangs.wait(20) and client.app.state.service.engine.computes
+            assert ends(client)
+        assert client.get(f"{JOBS}/{number}").json()["state"] == "running"
+    with started(config) as client:
+        assert ended(client, number)["state"] == "succeeded"

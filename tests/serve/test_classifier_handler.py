@@ -2,21 +2,25 @@
 
 import asyncio
 import io
+import threading
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from hostile import picture
 from PIL import Image
 
 from raymed.config import UserError
+from raymed.serve.access.tokens import add_token
 from raymed.serve.app import create_app
-from raymed.serve.config import Hardware
-from raymed.serve.engine import Engine
+from raymed.serve.config import Access, Hardware
+from raymed.serve.engine import Engine, Lane
 from raymed.serve.handlers import Prepared, Upload, ask_all
 from raymed.serve.handlers.classifier import Handler
-from raymed.serve.live import Origin, load_live
+from raymed.serve.live import Live, Origin, load_live
+from raymed.serve.problems import Problem
 from raymed.tasks.predictor import Predictor
 
 
@@ -79,18 +83,59 @@ def test_a_case_may_be_larger_than_the_queue(live, images):
     assert len(answered(live, images[:96]).images) == 96
 
 
+@pytest.mark.parametrize("queue", [1, 3, 16])
+def test_the_shortest_queue_answers_a_case_and_that_of_a_token(queue, app_config, images, tmp_path):
+    tokens = tmp_path / "tokens.json"
+    headers = {"Authorization": f"Bearer {add_token(tokens, 'pacs', 1)}"}
+    access = Access(tokens=str(tokens), hosts=("testserver",))
+    with TestClient(create_app(app_config(**{"limits.queue": queue, "access": access}))) as client:
+        files = [("file", ("x", picture(pixels, "PNG"))) for pixels in images[:20]]
+        answer = client.post("/v1/models/hsg:predict", files=files, headers=headers)
+    assert answer.status_code == 200 and len(answer.json()["result"]["images"]) == 20
+
+
+def test_a_case_that_is_refused_waits_no_more_and_is_not_computed():
+    """The queue of eight has room for two of its four images."""
+    engine, computed, go, begun = Engine(Hardware(device="cpu", threads=1), 8), [], threading.Event(), threading.Event()
+
+    def network(batch):
+        begun.set()
+        go.wait(10)
+        computed.extend(int(value) for value in batch)
+        return list(batch)
+
+    async def ask():
+        live = Live("m", Origin("", "", ""), None, {"image": Lane("m", network)}, engine)  # type: ignore[arg-type]
+        others = [asyncio.create_task(live("image", torch.tensor([place]))) for place in range(6)]
+        await asyncio.to_thread(begun.wait, 10)
+        with pytest.raises(Problem, match="8 images wait for m already") as refused:
+            await ask_all(live, "image", [torch.tensor([place]) for place in range(10, 20)])
+        await asyncio.sleep(0)  # the loop's next turn, in which the others hear of it
+        waiting = dict(engine.waiting)
+        go.set()
+        await asyncio.gather(*others)
+        return refused.value.status, waiting
+
+    assert asyncio.run(ask()) == (503, {"m": 6})
+    assert computed == list(range(6))
+    engine.close()
+
+
 def test_results_keep_the_order_of_the_items():
     waiting, most = set(), []
 
-    async def ask(network, item):
-        waiting.add(item)
-        most.append(len(waiting))
-        await asyncio.sleep(0.001 * (7 - item % 7))
-        waiting.discard(item)
-        return network, item
+    class Asked:
+        at_once = 32
+
+        async def __call__(self, network, item):
+            waiting.add(item)
+            most.append(len(waiting))
+            await asyncio.sleep(0.001 * (7 - item % 7))
+            waiting.discard(item)
+            return network, item
 
     items = list(range(100))
-    assert asyncio.run(ask_all(ask, "image", items)) == [("image", item) for item in items]
+    assert asyncio.run(ask_all(Asked(), "image", items)) == [("image", item) for item in items]
     assert max(most) == 32
 
 

@@ -95,6 +95,14 @@ def test_texts_need_no_file_and_one_may_stand_alone(server, embedder):
     assert result(asked(server, 0, texts="x-ray"))["images"][0]["similarity"] is not None
 
 
+def test_a_plain_form_says_what_json_does(server):
+    """What httpx and curl -d send where there are no files."""
+    for fields in ({"task": "embed", "texts": ["x-ray, 50% & more", "정상 자궁"]}, {"texts": "x-ray"}):
+        answer = server.post("/v1/models/cxr:predict", data=fields)
+        assert answer.request.headers["Content-Type"] == "application/x-www-form-urlencoded"
+        assert result(answer) == result(asked(server, **fields))
+
+
 def test_images_need_no_text(server):
     found = result(asked(server, 3))
     assert len(found["images"][0]["embedding"]) == 128 and found["images"][0]["similarity"] is None
@@ -130,6 +138,7 @@ def test_prompts_are_embedded_once(clip):
 
     class Counted:
         alone = live.alone
+        at_once = live.at_once
 
         async def __call__(self, network, item):
             asked_for.append(network)
@@ -158,6 +167,7 @@ def test_the_oldest_prompts_are_forgotten(clip, monkeypatch):
     async def ask(network, item):
         return handler.networks[network](item[None])[0]
 
+    ask.at_once = 32
     for texts in (["a", "b"], ["c"], ["a"], ["d"]):
         found, _ = asyncio.run(handler._sentences(texts, ask))
         assert found.shape == (len(texts), 128)
@@ -183,6 +193,7 @@ def test_prompts_that_others_push_out_meanwhile_are_answered(clip, monkeypatch):
             await go.wait()
             return await ask(network, item)
 
+        ask.at_once = held.at_once = 32
         await handler._sentences(["a", "b"], ask)
         slow = asyncio.create_task(handler._sentences(["a", "b", "c"], held))
         await waits.wait()

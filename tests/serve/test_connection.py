@@ -160,7 +160,7 @@ def test_work_for_a_client_that_hangs_up_is_dropped(served, app_config, png):
         labels = counted | {"status": status}
         assert until(lambda labels=labels: value("raymed_requests_total", labels)) == 1
     assert value("raymed_batch_images_sum", {"model": "hsg"}) == 1
-    assert service.models.served["hsg"].versions["champion"].in_flight == 0
+    assert value("raymed_queue_images", {"model": "hsg"}) == 0
 
 
 MUCH = 2**22

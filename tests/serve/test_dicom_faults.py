@@ -11,7 +11,7 @@ from dicom_helpers import Archive, content, files, free_port, is_assessment, is_
 from pydicom.uid import SegmentationStorage
 from waiting import until
 
-from raymed.serve.dicom.endpoint import Endpoint, NotNow
+from raymed.serve.dicom.endpoint import Endpoint, NotNow, Results, identity_of_report
 from raymed.serve.dicom.node import Node
 from raymed.serve.dicom.pacs import Receiver, send
 from raymed.serve.dicom.queue import Queue
@@ -81,6 +81,62 @@ def test_a_study_that_is_too_large_is_told_so(tmp_path, sent, app_config):
     assert not is_assessment(report) and "30000" in texts(report)
 
 
+def take_on(queue, *study):
+    for ds in study:
+        queue.add(ds.StudyInstanceUID, ds.SOPInstanceUID, "PACS1", content(ds))
+
+
+def answered(queue, address):
+    """The report of the study that is due, answered as by a node."""
+    (study,) = queue.due(0)
+    found = Endpoint(address, "hsg", results=("report",)).ask(list(study.images.values()), study.before, study.refusal)
+    queue.answer(study, found.files, identity_of_report(found.files[0]), found.is_refusal)
+    return pydicom.dcmread(BytesIO(found.files[0]))
+
+
+def replaced(report):
+    """SOP Instance UIDs of the reports that one takes the place of."""
+    documents = report.get("PredecessorDocumentsSequence") or []
+    series = [series for document in documents for series in document.ReferencedSeriesSequence]
+    return {item.ReferencedSOPInstanceUID for each in series for item in each.ReferencedSOPSequence}
+
+
+def test_a_refusal_takes_the_place_of_no_answer(tmp_path, sent, app_config):
+    """What was found in the images before the late one stands, until all of them are answered."""
+    views = [pydicom.dcmread(BytesIO(content(sent[0][0]))) for _ in range(4)]
+    for place, ds in enumerate(views, 1):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"{ds.SOPInstanceUID[:-2]}{place}"
+    queue, access = Queue(tmp_path), {"access.hosts": ("127.0.0.1",)}
+    with serving(app_config(**{"limits.files": 1}, **access)) as address:
+        take_on(queue, views[0])
+        good = answered(queue, address)
+        take_on(queue, views[1])
+        refusal = answered(queue, address)
+        take_on(queue, views[2])
+        again = answered(queue, address)
+    with serving(app_config(**access)) as address:
+        take_on(queue, views[3])
+        whole = answered(queue, address)
+    assert is_assessment(good) and is_assessment(whole)
+    for report in (refusal, again):
+        assert not is_assessment(report) and "at most 1 make a case" in texts(report)
+        assert "An earlier report of this study, about fewer images, stands" in texts(report)
+    assert replaced(refusal) == set() and replaced(again) == {refusal.SOPInstanceUID}
+    assert replaced(whole) == {good.SOPInstanceUID, again.SOPInstanceUID}
+
+
+def test_a_refusal_is_replaced_by_an_answer(tmp_path, sent, app_config):
+    queue, access = Queue(tmp_path), {"access.hosts": ("127.0.0.1",)}
+    with serving(app_config(**{"limits.body_bytes": 1000}, **access)) as address:
+        take_on(queue, sent[0][0])
+        refusal = answered(queue, address)
+    with serving(app_config(**access)) as address:
+        take_on(queue, *sent[0][1:])
+        whole = answered(queue, address)
+    assert not is_assessment(refusal) and "stands" not in texts(refusal)
+    assert is_assessment(whole) and replaced(whole) == {refusal.SOPInstanceUID}
+
+
 def test_a_study_is_sent_without_being_held_in_memory(tmp_path, sent, app_config):
     large = tmp_path / "large.dcm"
     large.write_bytes(content(sent[0][0]))
@@ -90,7 +146,7 @@ def test_a_study_is_sent_without_being_held_in_memory(tmp_path, sent, app_config
         endpoint = Endpoint(address, "hsg")
         endpoint.ask([large])  # whatever is imported and made only once
         tracemalloc.start()
-        (report,) = endpoint.ask([large])
+        (report,) = endpoint.ask([large]).files
         _, most = tracemalloc.get_traced_memory()
         tracemalloc.stop()
     assert f"{2**26} bytes" in texts(pydicom.dcmread(BytesIO(report))) and most < 2**25
@@ -109,11 +165,11 @@ def test_one_study_that_gets_no_answer_lets_others_go_first(tmp_path, sent, afte
     asked = []
 
     class Choosy(Endpoint):
-        def ask(self, files, before=""):
+        def ask(self, files, before="", refusal=""):
             asked.append(pydicom.dcmread(files[0]).StudyInstanceUID)
             if asked[-1] == sent[0][0].StudyInstanceUID:
                 raise NotNow("HTTP 503", after)
-            return [files[0].read_bytes()]
+            return Results([files[0].read_bytes()])
 
     made = Node("RAYMED", {}, Choosy("http://127.0.0.1:9", "hsg"), Queue(tmp_path), quiet=0.0, longest_wait=0.01)
     for study in sent[:3]:

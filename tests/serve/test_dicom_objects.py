@@ -57,7 +57,7 @@ def case_of(study, *, bundle="a" * 64, research_only=True, decision="positive", 
     return Case(answer, images, "occluded")
 
 
-def made(case, kinds=ALL, before=None):
+def made(case, kinds=ALL, before=()):
     """The objects, written and read again."""
     found = objects(case, kinds, heat_maps(case, Preprocess(size=SIZE)), before)
     return [pydicom.dcmread(io.BytesIO(to_bytes(each))) for each in found]
@@ -170,7 +170,7 @@ def test_uids_are_of_the_study_the_images_and_the_bundle(sent):
 def test_a_new_report_names_the_one_before_it(sent):
     first = made(case_of(sent[0][:1]), ["report"])[0]
     before = predecessor(first, f"{first.SeriesInstanceUID}/{first.SOPInstanceUID}")
-    later = made(case_of(sent[0]), ["report"], before)[0]
+    later = made(case_of(sent[0]), ["report"], [before])[0]
     series = later.PredecessorDocumentsSequence[0].ReferencedSeriesSequence[0]
     assert series.SeriesInstanceUID == first.SeriesInstanceUID
     assert series.ReferencedSOPSequence[0].ReferencedSOPInstanceUID == first.SOPInstanceUID

@@ -15,6 +15,7 @@ import torch
 from bright_bundle import SIZE, bright_bundle
 from fastapi.testclient import TestClient
 from PIL import Image
+from waiting import until
 
 from raymed.config import to_dict
 from raymed.data.preprocess import Preprocess
@@ -369,6 +370,33 @@ def test_an_explanation_that_others_keep_from_the_device_is_told_to_come_again(h
     finally:
         free.set()
     assert busy.status_code == 503 and busy.headers["Retry-After"] == "2"
+
+
+def test_an_explanation_whose_case_waited_for_the_device_is_told_to_come_again(hasty, monkeypatch):
+    """Others had the device before its networks answered."""
+    engine = hasty.app.state.service.engine
+
+    def others():
+        until(lambda: engine.waiting.get("bright"))
+        time.sleep(0.6)
+
+    monkeypatch.setattr(Explainer, "_heat_map", endless)
+    engine._thread.submit(others)
+    busy = hasty.post("/v1/models/bright:predict?explain=ig", content=file_of(drawn()))
+    assert busy.status_code == 503 and busy.headers["Retry-After"] == "2"
+
+
+def test_an_explanation_of_a_case_that_itself_takes_long_is_not_told_to_come_again(hasty, monkeypatch):
+    """Its files are decoded and its networks answer for most of the time, with nobody else there."""
+    handler = hasty.app.state.service.models.get("bright").handler
+    encoder, prepare = handler.predictor.network.encoder, handler.prepare
+    forward = encoder.forward
+    monkeypatch.setattr(handler, "prepare", lambda upload: [time.sleep(0.3), prepare(upload)][1])
+    monkeypatch.setattr(encoder, "forward", lambda images: [time.sleep(0.15 * len(images)), forward(images)][1])
+    monkeypatch.setattr(Explainer, "_heat_map", endless)
+    files = [("file", ("x", file_of(drawn())))] * 2
+    refused = hasty.post("/v1/models/bright:predict?explain=ig", files=files)
+    assert refused.status_code == 422 and refused.json()["field"] == "explain"
 
 
 def test_blend_of_colour_and_of_sixteen_bits():

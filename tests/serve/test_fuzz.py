@@ -78,6 +78,12 @@ FIELDS = (
 )
 
 
+DATATYPES = ("BYTES", "UINT8", "UINT16", "FP32", "BOOL", "INT64", "x", None, 1)
+SHAPES = ([1], [2], [], [0], [-1], [1, 8, 8], [1, 8, 8, 3], [2**40, 2**40], [0, 2**64 - 1], [1.5], [True], ["1"], None)
+PREDICT, INFER = "/v1/models/hsg:predict", "/v2/models/hsg/infer"
+"""Of the second the tensors may stand in the JSON or, binary, behind it."""
+
+
 def mutated(content: bytes, rng: np.random.Generator) -> bytes:
     """Bits flipped, numbers made extreme, parts cut, doubled, zeroed, moved, or taken from another file."""
     data = bytearray(content)
@@ -152,15 +158,55 @@ def document(rng: np.random.Generator) -> bytes:
     return json.dumps({"files": some([files, files, files, "x", None, [1], {"a": 1}], rng)} | asked).encode()
 
 
+def tensor_of(rng: np.random.Generator, is_binary: bool) -> tuple[dict, bytes]:
+    """An input, and its bytes behind the JSON. Half of them hold a file as they should."""
+    content = file_of(rng)
+    if is_binary:
+        content = len(content).to_bytes(4, "little") + content
+        sound_data = {"parameters": {"binary_data_size": len(content)}}
+        odd = [{"parameters": {"binary_data_size": size}} for size in (0, 3, -1, 2**40, "x", None)]
+    else:
+        sound_data = {"data": [base64.b64encode(content).decode()]}
+        odd = [{"data": data} for data in ([0] * 64, [[1e400, -1]], [None], ["x"], "x", {"a": 1}, [True] * 192)]
+        content = b""
+    tensor = {"name": "image", "datatype": "BYTES", "shape": [1]} | sound_data
+    if rng.random() < 0.5:
+        name = "image" if rng.random() < 0.5 else some(FIELDS, rng)
+        tensor |= {"name": name, "datatype": some(DATATYPES, rng), "shape": some(SHAPES, rng)}
+        tensor |= some([sound_data, *odd], rng)
+    return tensor, content
+
+
+def infer(rng: np.random.Generator, is_binary: bool) -> tuple[bytes, dict[str, str]]:
+    """A body of tensors, in JSON or behind it, and its headers."""
+    inputs = [tensor_of(rng, is_binary) for _ in range(int(rng.choice([0, 1, 1, 1, 2])))]
+    asked = {"inputs": [tensor for tensor, _ in inputs]}
+    if rng.random() < 0.3:
+        values = [*TEXTS, None, [], {}, {"explain": "x"}]
+        asked[some(["parameters", "outputs", "id", "inputs"], rng)] = some(values, rng)
+    head = json.dumps(asked).encode()
+    kind = {"Content-Type": "application/octet-stream" if is_binary else "application/json"}
+    body = head + b"".join(content for _, content in inputs)
+    if rng.random() < 0.3:
+        body = mutated(body, rng)
+    if not is_binary:
+        return body, kind
+    length = str(len(head)) if rng.random() < 0.8 else some(["0", "-1", "1e3", "9" * 20, "x", str(len(body) + 1)], rng)
+    return body, kind | {"Inference-Header-Content-Length": length}
+
+
 def request_of(number: int) -> dict:
-    """What the client is called with."""
+    """What the client's `post` is called with."""
     names = list(HOSTILE)
     if number < len(names):
-        return {"content": hostile(names[number])}
+        return {"url": PREDICT, "content": hostile(names[number])}
     rng = np.random.default_rng(number)
     params = {some(FIELDS, rng): some(TEXTS, rng)} if rng.random() < 0.15 else {}
     headers = {"X-Patient": NAME} if rng.random() < 0.2 else {}
-    match int(rng.integers(0, 10)):
+    match int(rng.integers(0, 12)):
+        case 10 | 11 as way:
+            content, told = infer(rng, is_binary=way == 11)
+            return {"url": INFER, "content": content, "params": params, "headers": headers | told}
         case 0:
             content, kind = form(rng), "multipart/form-data; boundary=b"
         case 1:
@@ -173,17 +219,20 @@ def request_of(number: int) -> dict:
             content, kind = file_of(rng), some(KINDS, rng)
         case _:
             content, kind = file_of(rng), "application/octet-stream"
-    return {"content": content, "params": params, "headers": headers | {"Content-Type": kind.encode("latin-1")}}
+    headers |= {"Content-Type": kind.encode("latin-1")}
+    return {"url": PREDICT, "content": content, "params": params, "headers": headers}
 
 
 def check(client, capfd, total: int) -> None:
     """Send them all."""
-    me, statuses, first, slowest = psutil.Process(), Counter(), 0, (0.0, -1)
+    me, statuses, of_infer, first, slowest = psutil.Process(), Counter(), Counter(), 0, (0.0, -1)
     for number in range(total):
         started = time.perf_counter()
-        answer = client.post("/v1/models/hsg:predict", **request_of(number))
+        request = request_of(number)
+        answer = client.post(**request)
         slowest = max(slowest, (time.perf_counter() - started, number))
         statuses[answer.status_code] += 1
+        of_infer[answer.status_code] += request["url"] == INFER
         told = f"request {number}: {answer.status_code} {answer.text[:500]}"
         assert answer.status_code in (200, 503) or 400 <= answer.status_code < 500, told
         assert NAME not in answer.text and "Traceback" not in answer.text, told
@@ -195,8 +244,9 @@ def check(client, capfd, total: int) -> None:
         print(f" {dict(sorted(statuses.items()))}, slowest {slowest[0]:.2f} s ({slowest[1]}), {growth >> 20} MiB more")
     assert slowest[0] < SECONDS, f"request {slowest[1]} took {slowest[0]:.1f} s"
     assert growth < GROWTH, f"{growth >> 20} MiB more"
-    assert statuses[200] > total // 10 and statuses[422] > total // 5 and statuses[415] > total // 50, statuses
+    assert statuses[200] > total // 12 and statuses[422] > total // 5 and statuses[415] > total // 50, statuses
     assert statuses[413] > 5
+    assert of_infer[200] > total // 500 and of_infer[422] > total // 25 and of_infer[415] > 0, of_infer
 
 
 @pytest.fixture

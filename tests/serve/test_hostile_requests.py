@@ -35,6 +35,37 @@ def test_a_body_of_many_values_is_refused_before_each_is_told(client, body):
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize(
+    ("body", "status", "why"),
+    [
+        (b"&".join(b"x%d=" % i for i in range(65)), 413, "at most 64 fields, all of them 1024 KiB"),
+        (b"&" * 10**7, 413, "at most 64 fields"),
+        (b"explain=" + b"%41" * 350_000, 413, "at most 64 fields, all of them 1024 KiB"),
+        (b"&".join([b"explain=" + b"%41" * 5000] * 64), 422, "expected"),
+        (b"explain=%ff%fe", 422, "application/x-www-form-urlencoded in UTF-8 is expected"),
+        (b"explain=%ed%a0%80", 422, "application/x-www-form-urlencoded in UTF-8 is expected"),
+        (b"%5F%5Fclass%5F%5F%00=1", 422, "names of letters, digits and _"),
+        (b"=", 422, "names of letters, digits and _"),
+        (b"a=%00&frames=" + b"[" * 10**5, 422, "expected"),
+        (b"explain=ig", 422, "a file is expected"),
+        (b"\xffexplain=ig", 415, "PNG"),
+    ],
+)
+def test_a_plain_form_is_bounded_as_others_are(client, body, status, why):
+    headers, started = {"Content-Type": "application/x-www-form-urlencoded"}, time.process_time()
+    answer = client.post("/v1/models/hsg:predict", content=body, headers=headers)
+    assert answer.status_code == status and why in answer.json()["detail"] and len(answer.content) < 1000
+    assert time.process_time() - started < 1
+
+
+def test_a_plain_form_is_read_in_utf_8_alone(client, png):
+    """An image that is called one, as by curl --data-binary, is an image."""
+    kind = "application/x-www-form-urlencoded"
+    slow = client.post("/v1/models/hsg:predict", content=b"x=1", headers={"Content-Type": f"{kind}; charset=punycode"})
+    assert slow.status_code == 422 and "UTF-8" in slow.json()["detail"]
+    assert client.post("/v1/models/hsg:predict", content=png, headers={"Content-Type": kind}).status_code == 200
+
+
 @pytest.mark.parametrize("origin", ["http://[", "http://\udcff".encode("utf-8", "surrogateescape")])
 def test_an_origin_that_is_none_is_foreign(client, png, origin):
     answer = client.post("/v1/models/hsg:predict", content=png, headers={"Origin": origin})

@@ -137,12 +137,11 @@ def test_the_old_version_answers_to_the_end_and_then_its_memory_goes(server, ima
         gc.collect()
         gc.disable()
         try:
-            async with models.using("m") as old:
-                shelf.aliases[CHAMPION] = "2"
-                await models.refresh("m")
-                found = await answered(old), await answered(models.get("m"))
-                del old
-                alive = network() is not None
+            old = models.get("m")
+            shelf.aliases[CHAMPION] = "2"
+            await models.refresh("m")
+            found, alive = (await answered(old), await answered(models.get("m"))), network() is not None
+            del old
             await asyncio.sleep(0)
             return found, alive, network() is None and weights() is None
         finally:

@@ -18,7 +18,7 @@ from waiting import until
 
 from raymed.serve.app import create_app
 from raymed.serve.config import Access, Hardware, Limits, ServeConfig
-from raymed.serve.routes.oip import HEADER_LENGTH
+from raymed.serve.routes.oip import HEADER_LENGTH, _parsed
 from raymed.tasks.predictor import Predictor
 
 REPO = Path(__file__).resolve().parents[2]
@@ -254,6 +254,32 @@ def test_json_is_checked_against_its_shape_and_datatype(app):
 def test_what_is_no_request_is_refused(app, body):
     answer = post(app, body)
     assert answer.status_code == 422 and "error" in answer.json()
+
+
+PIXELS_OF = b'{"inputs": [{"name": "image", "datatype": "UINT8", "shape": [1], "data": [%s]}]}'
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b'{"inputs": [' + b"{}," * 150_000 + b"{}]}", PIXELS_OF % (b"0," * 4_400_000 + b"0"), b"{" * 150_000],
+    ids=["objects", "values", "nested"],
+)
+def test_json_of_too_many_values_is_refused_before_it_is_parsed(app, body, monkeypatch):
+    def parsed(*_, **__):
+        raise AssertionError("it was parsed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("raymed.serve.routes.oip.json.loads", parsed)
+        answer = post(app, body)
+    assert answer.status_code == 413 and answer.json().keys() == {"error"} and "binary data" in answer.json()["error"]
+
+
+def test_a_large_image_may_come_as_numbers_and_bytes_count_as_none():
+    asked, rest = _parsed(PIXELS_OF % (b"0," * (2048 * 2048 - 1) + b"0"), None)
+    assert len(asked.inputs[0].data) == 2048 * 2048 and not len(rest)
+    head = b'{"inputs": []}'
+    asked, rest = _parsed(head + b",{" * 5_000_000, str(len(head)))
+    assert asked.inputs == [] and len(rest) == 10_000_000
 
 
 @pytest.mark.parametrize(

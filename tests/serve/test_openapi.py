@@ -11,7 +11,7 @@ import pytest
 import requests
 import schemathesis
 from clip_bundles import clip_bundle
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis.errors import Unsatisfiable
 from PIL import Image
 from schemathesis import GenerationMode
@@ -69,6 +69,7 @@ def test_whatever_is_asked_no_error_of_the_server_and_answers_as_described(asked
         @CHECKED
         @given(case=operation.as_strategy(generation_mode=mode))
         def ask(case):
+            assume(len(str(case.query)) < 20_000)  # a longer address is refused before the app sees it
             if mode == GenerationMode.POSITIVE and "name" in case.path_parameters:
                 case.path_parameters["name"] = next(names)
             answer = case.call_and_validate(base_url=address, checks=CHECKS)
@@ -139,7 +140,7 @@ def test_the_union_of_all_kinds_and_the_token_stand_in_it(app_config, tmp_path):
     predict = schema["paths"]["/v1/models/{name}:predict"]["post"]
     bodies = predict["requestBody"]["content"]
     assert {"image/png", "application/dicom", "multipart/form-data", "application/json"} <= bodies.keys()
-    for kind in ("multipart/form-data", "application/json"):
+    for kind in ("multipart/form-data", "application/x-www-form-urlencoded", "application/json"):
         assert {"explain", "prompts"} <= bodies[kind]["schema"]["properties"].keys()
     assert predict["security"] == [{"bearer": []}] and "security" not in schema["paths"]["/healthz"]["get"]
     for path, methods in schema["paths"].items():

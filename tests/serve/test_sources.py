@@ -14,6 +14,7 @@ from registries import weights_of
 
 from raymed.bundle import Bundle
 from raymed.config import UserError
+from raymed.registry.config import check_name
 from raymed.registry.promote import promote, release, restrict
 from raymed.registry.register import identity
 from raymed.registry.store import version_of
@@ -22,7 +23,7 @@ from raymed.serve.config import Follow, ServeConfig, Wanted
 from raymed.serve.kept import Kept, kept_of
 from raymed.serve.live import Origin, identity_of
 from raymed.serve.models import Unreachable
-from raymed.serve.sources import Folder, Registry, registered, source_of
+from raymed.serve.sources import Folder, Registry, registered, served_name, source_of
 from raymed.tracking import connect
 
 NOBODY = "http://127.0.0.1:9"
@@ -254,6 +255,69 @@ def test_models_that_nobody_names_are_those_of_the_registry_or_those_served_befo
     wanted = Wanted.parse(registered(asked).models[0])
     kept_of(wanted, asked).put(Bundle.load(tmp_path / "bundle1"), Origin("models:/hsg/1", "1", "d"))
     assert registered(away).models == ("hsg=models:/hsg",)
+
+
+NAMES = ("hsg v1", "hsg-v1", "자궁난관조영", "난관 hsg", "c" * 68, "-".join(["a1"] * 33) + "x")
+
+
+@pytest.fixture
+def candidate(client, tmp_path):
+    """candidate(name) -> a registered model of that name with a candidate."""
+
+    def make(name):
+        client.create_registered_model(name)
+        client.create_model_version(name, str(tmp_path / "bundle1"))
+        client.set_registered_model_alias(name, "candidate", "1")
+
+    return make
+
+
+def served_names(storage) -> dict[str, str]:
+    """Registered model -> what it is served as."""
+    found = [Wanted.parse(text) for text in registered(ServeConfig(storage=str(storage))).models]
+    return {wanted.where.removeprefix("models:/"): wanted.name for wanted in found}
+
+
+def test_whatever_a_model_is_called_it_has_a_name_of_its_own(candidate, storage, capsys):
+    for name in NAMES:
+        check_name(name)
+        candidate(name)
+    told = served_names(storage)
+    assert told.keys() == {"hsg", *NAMES} and len(set(told.values())) == len(told)
+    assert (told["hsg"], told["hsg-v1"]) == ("hsg", "hsg-v1"), "what can stand in an address does"
+    assert told["hsg v1"].startswith("hsg-v1-") and told["난관 hsg"].startswith("hsg-")
+    said = capsys.readouterr().out
+    assert f"(the registered model '자궁난관조영' is asked for as {told['자궁난관조영']})" in said
+    assert "found hsg-v1=models:/hsg-v1\n" in said
+
+
+def test_a_name_does_not_depend_on_what_else_is_registered(candidate, storage):
+    candidate("hsg v1")
+    before = served_names(storage)
+    candidate("hsg-v1")
+    assert served_names(storage) == before | {"hsg-v1": "hsg-v1"}
+    assert before["hsg v1"] == served_name("hsg v1") == "hsg-v1-5f86373d"
+
+
+def test_a_model_that_cannot_be_named_is_said_and_stops_no_other(candidate, storage, capsys):
+    candidate("two, of us")
+    candidate("me@home")
+    assert served_names(storage) == {"hsg": "hsg"}
+    said = capsys.readouterr().out
+    assert "'two, of us' is NOT SERVED" in said and "'me@home' is NOT SERVED" in said
+
+
+def test_every_page_of_the_registry_is_read(candidate, client, storage, monkeypatch):
+    for name in ("a", "b", "c", "d"):
+        candidate(name)
+    asked, real = [], type(client).search_registered_models
+
+    def small(self, **how):
+        asked.append(how)
+        return real(self, **how, max_results=2)
+
+    monkeypatch.setattr(type(client), "search_registered_models", small)
+    assert served_names(storage).keys() == {"a", "b", "c", "d", "hsg"} and len(asked) == 3
 
 
 @pytest.fixture

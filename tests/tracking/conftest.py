@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from raymed.tracking import telemetry_off
+from raymed.telemetry import telemetry_off
 from raymed.tracking.upload import Store
 
 

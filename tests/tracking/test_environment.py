@@ -1,7 +1,7 @@
 import subprocess
 import sys
 
-from raymed.tracking import Outbox, SystemMetrics, environment, git_state, installed_packages, telemetry_off
+from raymed.tracking import Outbox, SystemMetrics, environment, git_state, installed_packages
 
 
 def _git(folder, *arguments):
@@ -47,17 +47,6 @@ def test_installed_packages_reads_like_pip_freeze():
     lines = installed_packages().splitlines()
     assert f"torch=={environment()['versions']['torch']}" in lines
     assert lines == sorted(set(lines), key=str.lower)
-
-
-def test_telemetry_is_off_unless_the_user_says_otherwise(monkeypatch):
-    monkeypatch.delenv("DO_NOT_TRACK", raising=False)
-    monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
-    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "0")
-    telemetry_off()
-    import os
-
-    assert os.environ["DO_NOT_TRACK"] == "1" and os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
-    assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "0"
 
 
 def test_system_metrics_sample_the_machine_and_go_on_counting(tmp_path):

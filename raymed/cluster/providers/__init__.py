@@ -1,6 +1,6 @@
 """The places a cluster can be in, a module each, named as `up` names them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,8 +47,9 @@ class Provider(Protocol):
         """Within: the URL of Ray's dashboard, by which jobs are submitted; through a tunnel where need be."""
         ...
 
-    def logs(self, cluster: Cluster) -> Iterator[tuple[str, str]]:
-        """(name, last lines) of each part's log."""
+    def logs(self, cluster: Cluster) -> Mapping[str, Callable[[], str]]:
+        """Name -> what reads the last lines, of each part that has a log; nobody is asked before. A name is one word,
+        and PART@HOST where several hosts may have that part."""
         ...
 
 

@@ -4,7 +4,10 @@ No port is open to anybody: SSH, dashboard and MLflow come through AWS's Session
 """
 
 import os
-from collections.abc import Iterator, Sequence
+import re
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +22,7 @@ _ONCE = (
     "aws cloudformation deploy --stack-name raymed --template-file cluster/aws-once.yaml --capabilities "
     "CAPABILITY_NAMED_IAM --parameter-overrides Bucket=BUCKET Vpc=VPC"
 )
+_KEY = re.compile("raymed-[0-9a-f]{8}")
 _PROGRAMS = {
     "ssh": "apt install openssh-client",
     "rsync": "apt install rsync",
@@ -33,7 +37,7 @@ class Config:
 
     storage: s3://BUCKET/PREFIX of the bucket that cluster/aws-once.yaml was given.
     region: where; default: $AWS_REGION, $AWS_DEFAULT_REGION, or that of the profile.
-    max_workers: at most so many worker machines; default: what the file says.
+    max_workers: at most so many worker machines; default: as before, at first what the file says.
     file: the cluster's file.
     """
 
@@ -44,8 +48,8 @@ class Config:
 
 
 def up(config: Config) -> Cluster:
-    """Bring it up, or up to date. Raises UserError, before anything starts, for missing credentials, programs, or parts
-    of the account."""
+    """See `launcher.up`. Raises UserError, before anything starts, for missing credentials, programs, or parts of the
+    account."""
     return launcher.up(prepare(config))
 
 
@@ -61,12 +65,22 @@ def prepare(config: Config) -> Launch:
     place = {"account": _account(session), "region": session.region_name}
 
     def change(content: dict[str, Any]) -> None:
-        if config.max_workers is not None:
-            content["max_workers"] = config.max_workers
-        for kind in content["available_node_types"].values():
-            _complete(kind["node_config"], group, subnets, session)
+        _name_key(content)
+        was = launcher.last("aws").get("available_node_types", {})
+        for name, kind in content["available_node_types"].items():
+            _complete(kind["node_config"], was.get(name, {}).get("node_config", {}), group, subnets, session)
 
-    return Launch("aws", config.file, {"region": session.region_name}, variables, place, change)
+    return Launch(
+        "aws",
+        config.file,
+        {"region": session.region_name},
+        variables,
+        place,
+        machines=lambda: machines(session),
+        end=lambda ids: _end(ids, session.region_name),
+        change=change,
+        max_workers=config.max_workers,
+    )
 
 
 def status(cluster: Cluster) -> Sequence[Line]:
@@ -75,18 +89,16 @@ def status(cluster: Cluster) -> Sequence[Line]:
 
 
 def down(cluster: Cluster) -> None:
-    """End all of it. Raises UserError with credentials of another account, and where machines are left, or cannot be
-    looked for; it is then still remembered."""
+    """End all of it, its key pair too. Raises UserError with credentials of another account, and where machines are
+    left, or cannot be looked for; it is then still remembered."""
     region = cluster.environment["AWS_DEFAULT_REGION"]
     _check_account(cluster, _session(region))
 
     def check() -> None:
         left = machines(_session(region))
         if left:
-            raise UserError(
-                f"machines are left, and cost: aws ec2 terminate-instances --region {region} --instance-ids "
-                f"{' '.join(left)}, then take the cluster down again"
-            )
+            raise UserError(f"machines are left, and cost: {_end(left, region)}, then take the cluster down again")
+        _remove_key(_session(region))
 
     launcher.down(cluster, check)
 
@@ -96,7 +108,7 @@ def reached(cluster: Cluster) -> AbstractContextManager[str]:
     return launcher.reached(cluster)
 
 
-def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+def logs(cluster: Cluster) -> Mapping[str, Callable[[], str]]:
     """See `launcher.logs`."""
     return launcher.logs(cluster)
 
@@ -107,6 +119,10 @@ def machines(session: Any) -> list[str]:
     filters = [{"Name": "tag:ray-cluster-name", "Values": ["raymed"]}, states]
     found = session.client("ec2").describe_instances(Filters=filters)["Reservations"]
     return [instance["InstanceId"] for reservation in found for instance in reservation["Instances"]]
+
+
+def _end(ids: Sequence[str], region: str) -> str:
+    return f"aws ec2 terminate-instances --region {region} --instance-ids {' '.join(ids)}"
 
 
 def _check_account(cluster: Cluster, session: Any) -> None:
@@ -149,8 +165,9 @@ def _network(session: Any) -> tuple[str, list[str]]:
         raise UserError(f"{session.region_name} has {len(groups)} security groups named raymed, not one. Once: {_ONCE}")
     _closed(groups[0])
     within = [{"Name": "vpc-id", "Values": [groups[0]["VpcId"]]}]
-    subnets = sorted(ec2.describe_subnets(Filters=within)["Subnets"], key=lambda subnet: subnet["AvailabilityZone"])
-    return groups[0]["GroupId"], [subnet["SubnetId"] for subnet in subnets]
+    subnets = ec2.describe_subnets(Filters=within)["Subnets"]
+    by_zone = sorted((subnet["AvailabilityZone"], subnet["SubnetId"]) for subnet in subnets)
+    return groups[0]["GroupId"], [subnet for _, subnet in by_zone]
 
 
 def _closed(group: dict[str, Any]) -> None:
@@ -174,14 +191,39 @@ def _profiles(session: Any) -> None:
             raise UserError(f"no instance profile {name} ({error}). Once: {_ONCE}") from None
 
 
-def _complete(node: dict[str, Any], group: str, subnets: Sequence[str], session: Any) -> None:
-    """What a file cannot know: ids of this account, and of today's machine image."""
+def _name_key(content: dict[str, Any]) -> None:
+    """A key pair for this cluster alone: Ray makes it by that name. One that was brought up with another keeps that."""
+    if "ssh_private_key" in content["auth"]:
+        return
+    last = launcher.last("aws")
+    new = {"key_name": f"raymed-{secrets.token_hex(4)}"}
+    own = last["provider"].get("key_pair") if last else content["provider"].get("key_pair", new)
+    content["provider"] |= {"key_pair": own} if own else {}
+
+
+def _remove_key(session: Any) -> None:
+    """The key pair that was made for the cluster, and its file here. A key of the user's own stays."""
+    from botocore.exceptions import ClientError
+
+    name = launcher.last("aws").get("provider", {}).get("key_pair", {}).get("key_name", "")
+    if not _KEY.fullmatch(name):
+        return
+    (Path.home() / ".ssh" / f"{name}.pem").unlink(missing_ok=True)
+    try:
+        session.client("ec2").delete_key_pair(KeyName=name)
+    except ClientError as error:
+        print(f"the key pair {name} stays in {session.region_name}, useless without its file: {error}", file=sys.stderr)
+
+
+def _complete(node: dict[str, Any], was: dict[str, Any], group: str, subnets: Sequence[str], session: Any) -> None:
+    """What a file cannot know: ids of this account, and of today's machine image. What was looked up for the cluster
+    that is remembered stays: Ray ends machines of another image or of other subnets, the head among them."""
     if interfaces := node.get("NetworkInterfaces"):
         for interface in interfaces:
             interface.update(SubnetId=subnets[0], Groups=[group])
     else:
-        node.update(SubnetIds=list(subnets), SecurityGroupIds=[group])
+        node.update(SubnetIds=was.get("SubnetIds", list(subnets)), SecurityGroupIds=[group])
     image = node.get("ImageId", "")
     if image.startswith("resolve:ssm:"):  # the head, which starts the workers, may not ask for it
         name = image.removeprefix("resolve:ssm:")
-        node["ImageId"] = session.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]
+        node["ImageId"] = was.get("ImageId") or session.client("ssm").get_parameter(Name=name)["Parameter"]["Value"]

@@ -4,12 +4,11 @@ No machine has an address of its own outside: SSH, dashboard and MLflow come thr
 """
 
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from raymed.cluster.providers import Line, launcher
 from raymed.cluster.providers.launcher import PROJECT, Launch
@@ -31,7 +30,7 @@ class Config:
     bucket: of Cloud Storage, without gs://; every machine mounts it.
     project: default: that of the credentials.
     zone: where, such as europe-west4-a.
-    max_workers: at most so many worker machines; default: what the file says.
+    max_workers: at most so many worker machines; default: as before, at first what the file says.
     file: the cluster's file.
     """
 
@@ -43,7 +42,7 @@ class Config:
 
 
 def up(config: Config) -> Cluster:
-    """Bring it up, or up to date. Raises UserError, before anything starts, for missing credentials or programs."""
+    """See `launcher.up`. Raises UserError, before anything starts, for missing credentials or programs."""
     return launcher.up(prepare(config))
 
 
@@ -58,15 +57,19 @@ def prepare(config: Config) -> Launch:
     if find_spec("googleapiclient") is None:
         raise UserError("`ray up` on Google Cloud needs a package: pip install 'raymed[gcp]'")
     launcher.need(*_PROGRAMS, by=_PROGRAMS)
-
-    def change(content: dict[str, Any]) -> None:
-        if config.max_workers is not None:
-            content["max_workers"] = config.max_workers
-
     values = {"google_project": project, "region": region, "zone": config.zone}
     variables = {"RAYMED_HOME": _MOUNT, "RAYMED_BUCKET": config.bucket}
     place = {"project": project, "zone": config.zone}
-    return Launch("gcp", config.file, values, variables, place, change)
+    return Launch(
+        "gcp",
+        config.file,
+        values,
+        variables,
+        place,
+        machines=lambda: machines(project, config.zone),
+        end=lambda names: _end(names, project, config.zone),
+        max_workers=config.max_workers,
+    )
 
 
 def status(cluster: Cluster) -> Sequence[Line]:
@@ -82,8 +85,7 @@ def down(cluster: Cluster) -> None:
         left = machines(project, zone)
         if left:
             raise UserError(
-                f"machines are left, and cost: gcloud compute instances delete {' '.join(left)} --project={project} "
-                f"--zone={zone}, then take the cluster down again"
+                f"machines are left, and cost: {_end(left, project, zone)}, then take the cluster down again"
             )
 
     launcher.down(cluster, check)
@@ -94,7 +96,7 @@ def reached(cluster: Cluster) -> AbstractContextManager[str]:
     return launcher.reached(cluster)
 
 
-def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
+def logs(cluster: Cluster) -> Mapping[str, Callable[[], str]]:
     """See `launcher.logs`."""
     return launcher.logs(cluster)
 
@@ -107,10 +109,14 @@ def machines(project: str, zone: str) -> list[str]:
     done = subprocess.run(words, capture_output=True, text=True)
     if done.returncode:
         raise UserError(
-            f"gcloud could not look for machines that are left ({done.stderr.strip()[-500:]}), and they cost: mend "
+            f"gcloud could not look for the cluster's machines ({done.stderr.strip()[-500:]}), and they cost: mend "
             "that and try again"
         )
     return done.stdout.split()
+
+
+def _end(names: Sequence[str], project: str, zone: str) -> str:
+    return f"gcloud compute instances delete {' '.join(names)} --project={project} --zone={zone}"
 
 
 def _place(cluster: Cluster) -> tuple[str, str]:

@@ -9,25 +9,29 @@ import json
 import os
 import secrets
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from raymed.cluster import state
 from raymed.cluster.providers import Line
 from raymed.cluster.providers.launcher import PROJECT, check_place, need
-from raymed.cluster.providers.tunnels import Tunnel, close, is_open, opened, port_for
+from raymed.cluster.providers.tunnels import Tunnel, close, opened, port_for
 from raymed.cluster.state import Cluster
 from raymed.cluster.variables import read_variables
 from raymed.config import UserError
+from raymed.storage import write_private
 
 FILES = PROJECT / "cluster" / "kuberay"
 _CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
 _HELM = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
 _OURS = {"app.kubernetes.io/part-of": "raymed"}
 _KINDS = "rayclusters.ray.io,deployments,services,networkpolicies,serviceaccounts,configmaps,secrets"
+_FIRST = {"image": "raymed:0.1.0", "size": "small"}
+_AGAIN = "python -m raymed.cluster up kuberay, with the flags of the first time, brings it up to date"
 _WAIT = "900s"  # an image of several GB is pulled
 _FAR = {"dashboard": ("service/raymed-head-svc", 8265), "mlflow": ("service/mlflow", 5000)}
 _LOGS = {
@@ -42,16 +46,17 @@ class Config:
     """Flags of `up kuberay`.
 
     storage: s3://BUCKET/PREFIX.
-    image: of cluster/docker/Dockerfile, where the nodes of Kubernetes find it.
-    size: the overlay.
+    image: of cluster/docker/Dockerfile, where the nodes of Kubernetes find it. None: that of the last `up`, at first
+        raymed:0.1.0.
+    size: the overlay. None: that of the last `up`, at first small.
     secrets: a file of NAME=VALUE lines for all pods, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL; none where the
-        service accounts stand for a role.
+        service accounts stand for a role. None: those that the namespace has; a file without lines takes them away.
     context: of kubectl; default: the current one.
     """
 
     storage: str
-    image: str = "raymed:0.1.0"
-    size: Literal["small", "large"] = "small"
+    image: str | None = None
+    size: Literal["small", "large"] | None = None
     secrets: Path | None = None
     namespace: str = "raymed"
     context: str | None = None
@@ -69,15 +74,15 @@ def up(config: Config) -> Cluster:
     check_place(before, place)
     kubectl = _kubectl(context, config.namespace)
     _check_operator(kubectl)
-    kept = _kept(kubectl, config.namespace)
-    folder = written(config, kept)
+    kept, lasting = _kept(kubectl, config.namespace), _lasting(config, before)
+    folder = written(config, lasting, kept)
     tunnels = {name: port_for(before, name) for name in _FAR}
     cluster = Cluster(
         "kuberay",
         addresses={name: f"http://127.0.0.1:{port}" for name, port in tunnels.items()},
         environment=_of_clients(config, tunnels["mlflow"]),
         processes=before.processes if before else (),
-        facts={"kubectl": kubectl, "folder": str(folder), "tunnels": tunnels, "place": place},
+        facts={"kubectl": kubectl, "folder": str(folder), "tunnels": tunnels, "place": place, **lasting},
     )
     state.save(cluster)
     _apply(kubectl, folder, config.namespace)
@@ -86,22 +91,23 @@ def up(config: Config) -> Cluster:
     return opened(cluster, _tunnels(cluster))
 
 
-def written(config: Config, kept: Mapping[str, str]) -> Path:
+def written(config: Config, lasting: Mapping[str, str], kept: Mapping[str, str]) -> Path:
     """A folder that kubectl can apply: an overlay of cluster/kuberay with this cluster's image, settings and secrets.
     Its folders job and serve are to be applied by the user, and have the same image and namespace.
 
-    kept: secrets that stay as they are.
+    lasting: image and size. kept: the secrets that are there: what is applied takes the place of all of them.
     """
     folder = state.folder() / "kuberay"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-    own = read_variables(config.secrets, "--secrets") | _made(kept)
+    given = read_variables(config.secrets, "--secrets") if config.secrets else kept
+    own = {**given, **_made(kept)}
     token = own.pop("auth_token")
-    _write(folder / "secret.env", "".join(f"{name}={value}\n" for name, value in own.items()))
-    _write(folder / "ray.token", token)
-    name, _, tag = config.image.rpartition(":")
+    write_private(folder / "secret.env", "".join(f"{name}={value}\n" for name, value in own.items()))
+    write_private(folder / "ray.token", token)
+    name, _, tag = lasting["image"].rpartition(":")
     if not name or "/" in tag:
-        raise UserError(f"--image must be NAME:TAG, got {config.image!r}")
+        raise UserError(f"--image must be NAME:TAG, got {lasting['image']!r}")
     common = {"namespace": config.namespace, "images": [{"name": "raymed", "newName": name, "newTag": tag}]}
     content = {
         "labels": [{"pairs": _OURS}],
@@ -112,7 +118,7 @@ def written(config: Config, kept: Mapping[str, str]) -> Path:
             {"name": "raymed-token", "files": ["auth_token=ray.token"]},
         ],
     }
-    _write_kustomization(folder, FILES / "overlays" / config.size, common | content)
+    _write_kustomization(folder, FILES / "overlays" / lasting["size"], common | content)
     for own_cluster in ("job", "serve"):
         (folder / own_cluster).mkdir(exist_ok=True, mode=0o700)
         _write_kustomization(folder / own_cluster, FILES / own_cluster, common)
@@ -120,15 +126,18 @@ def written(config: Config, kept: Mapping[str, str]) -> Path:
 
 
 def status(cluster: Cluster) -> Sequence[Line]:
-    """The cluster as KubeRay tells of it, MLflow, and the tunnels."""
+    """The cluster as KubeRay tells of it, MLflow, and the tunnels, which are opened again where they have ended."""
     kubectl = cluster.facts["kubectl"]
     lines = [
         _ray_line(_json(kubectl, "get", "raycluster/raymed")),
         _mlflow_line(_json(kubectl, "get", "deployment/mlflow")),
     ]
     for tunnel in _tunnels(cluster):
-        way = cluster.addresses[tunnel.name] if is_open(tunnel.port) else "closed: python -m raymed.cluster up kuberay"
-        lines.append(Line(f"way to {tunnel.name}", is_open(tunnel.port), way))
+        try:
+            found = opened(state.load() or cluster, [tunnel])  # others may have opened it anew
+            lines.append(Line(f"way to {tunnel.name}", True, found.addresses[tunnel.name]))
+        except UserError as error:
+            lines.append(Line(f"way to {tunnel.name}", False, str(error)))
     return lines
 
 
@@ -149,11 +158,15 @@ def reached(cluster: Cluster) -> Iterator[str]:
     yield cluster.addresses["dashboard"]
 
 
-def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """(name, last lines) of the head, its autoscaler and MLflow."""
-    for name, where in _LOGS.items():
-        done = _run(cluster.facts["kubectl"], "logs", "--tail=40", *where)
-        yield name, done.stdout if done.returncode == 0 else done.stderr.strip()[-500:]
+def logs(cluster: Cluster) -> Mapping[str, Callable[[], str]]:
+    """Of the head, its autoscaler and MLflow."""
+    return {name: partial(_said, cluster, where) for name, where in _LOGS.items()}
+
+
+def _said(cluster: Cluster, where: Sequence[str]) -> str:
+    """The last lines of a container's log, or why there are none."""
+    done = _run(cluster.facts["kubectl"], "logs", "--tail=40", *where)
+    return done.stdout if done.returncode == 0 else done.stderr.strip()[-500:]
 
 
 def _current_context() -> str:
@@ -173,9 +186,8 @@ def _check_operator(kubectl: Sequence[str]) -> None:
     if done.returncode:
         if "NotFound" in done.stderr or "could not find" in done.stderr:
             raise UserError(f"this Kubernetes has no KubeRay: {_HELM}")
-        last = done.stderr.strip().splitlines()[-1:]
         raise UserError(
-            f"kubectl cannot ask Kubernetes for KubeRay ({' '.join(last)}): see `kubectl config get-contexts`, and "
+            f"kubectl cannot ask Kubernetes for KubeRay ({_last(done.stderr)}): see `kubectl config get-contexts`, and "
             "give --context"
         )
     versions = json.loads(done.stdout)["spec"]["versions"]
@@ -185,14 +197,23 @@ def _check_operator(kubectl: Sequence[str]) -> None:
         raise UserError(f"this KubeRay does not know authOptions.secretName, and needs to be 1.6 or newer: {_HELM}")
 
 
+def _lasting(config: Config, before: Cluster | None) -> dict[str, str]:
+    """Image and size: those that are given, else those of the last `up`: a flag left out resizes nothing."""
+    facts = before.facts if before else {}
+    return {name: getattr(config, name) or facts.get(name) or first for name, first in _FIRST.items()}
+
+
 def _kept(kubectl: Sequence[str], namespace: str) -> dict[str, str]:
-    """The secrets that the namespace has already."""
+    """The secrets that the namespace has already. Raises UserError where it cannot be said which: others would take
+    their place."""
     kept: dict[str, str] = {}
     for name in ("raymed", "raymed-token"):
         done = _run(kubectl, "get", "--raw", f"/api/v1/namespaces/{namespace}/secrets/{name}")
         if done.returncode == 0:
             data = json.loads(done.stdout).get("data") or {}
             kept |= {key: base64.b64decode(value).decode() for key, value in data.items()}
+        elif "NotFound" not in done.stderr:
+            raise UserError(f"kubectl cannot read the secret {name} of namespace {namespace}: {_last(done.stderr)}")
     return kept
 
 
@@ -210,7 +231,7 @@ def _write_kustomization(folder: Path, base: Path, content: Mapping[str, Any]) -
 
     kind = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
     resources = {"resources": [os.path.relpath(base.resolve(), folder.resolve())]}
-    _write(folder / "kustomization.yaml", yaml.safe_dump(kind | resources | dict(content), sort_keys=False))
+    write_private(folder / "kustomization.yaml", yaml.safe_dump(kind | resources | dict(content), sort_keys=False))
 
 
 def _settings(config: Config) -> dict[str, str]:
@@ -256,17 +277,17 @@ def _tunnels(cluster: Cluster) -> list[Tunnel]:
 
 def _ray_line(found: Mapping[str, Any] | str) -> Line:
     if isinstance(found, str):
-        return Line("ray", False, f"{found}: python -m raymed.cluster up kuberay, or down")
+        return Line("head", False, f"{found}: {_AGAIN}")
     told = found.get("status", {})
     ready = {c["type"]: c["status"] == "True" for c in told.get("conditions", ())}
     workers = f"{told.get('readyWorkerReplicas', 0)} of {told.get('desiredWorkerReplicas', 0)} workers"
     advice = "" if ready.get("HeadPodReady") else ", no head: kubectl --namespace NAMESPACE describe raycluster raymed"
-    return Line("ray", ready.get("HeadPodReady", False), workers + advice)
+    return Line("head", ready.get("HeadPodReady", False), workers + advice)
 
 
 def _mlflow_line(found: Mapping[str, Any] | str) -> Line:
     if isinstance(found, str):
-        return Line("mlflow", False, f"{found}: python -m raymed.cluster up kuberay, or down")
+        return Line("mlflow", False, f"{found}: {_AGAIN}")
     is_up = bool(found.get("status", {}).get("availableReplicas"))
     return Line("mlflow", is_up, "" if is_up else "its pod is not ready: python -m raymed.cluster logs mlflow")
 
@@ -274,7 +295,12 @@ def _mlflow_line(found: Mapping[str, Any] | str) -> Line:
 def _json(kubectl: Sequence[str], *words: str) -> dict[str, Any] | str:
     """What kubectl finds, or the last line of what it says."""
     done = _run(kubectl, *words, "--output=json", "--request-timeout=15s")
-    return json.loads(done.stdout) if done.returncode == 0 else (done.stderr.strip().splitlines() or [""])[-1]
+    return json.loads(done.stdout) if done.returncode == 0 else _last(done.stderr)
+
+
+def _last(said: str) -> str:
+    """The last line of what kubectl says."""
+    return (said.strip().splitlines() or [""])[-1]
 
 
 def _run(kubectl: Sequence[str], *words: str) -> subprocess.CompletedProcess[str]:
@@ -285,8 +311,3 @@ def _told(kubectl: Sequence[str], *words: str) -> None:
     """Run it for the user to see. Raises UserError where it fails."""
     if subprocess.run([*kubectl, *words]).returncode:
         raise UserError(f"`kubectl {words[0]}` failed, as it says above: mend that and run the same command again")
-
-
-def _write(path: Path, text: str) -> None:
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as file:
-        file.write(text)

@@ -19,9 +19,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -31,6 +32,7 @@ from raymed.cluster.providers import Line
 from raymed.cluster.services import Silent, mlflow, ray, s3
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
+from raymed.storage import write_private
 from raymed.storage.server import remove_sockets
 
 START_SECONDS = 180.0
@@ -43,6 +45,7 @@ _INTERNAL = (  # ports that nobody types
 )
 _OWN = ("RAY_", "MLFLOW_", "AWS_")  # variables of whoever calls `up` that are not for this cluster
 _AGAIN = "see `logs`, then make cluster-down and make cluster-up; what is stored stays"
+_OF_HEAD = ("gcs_server.out", "raylet.out", "dashboard.log")
 _HEALTHY = "success"  # of Serve's proxies, and of no other program
 _SERVE = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "raymed.serve.on_ray:around_proxy"}
 
@@ -181,7 +184,7 @@ def _ports(config: Config, path: Path) -> dict[str, int]:
         companion = ports.GRPC if name.startswith("s3") else 0
         taken = {*chosen.values(), *(p + ports.GRPC for n, p in chosen.items() if n.startswith("s3"))}
         chosen[name] = ports.choose(f"--{name}-port", asked[name], liked, taken, companion)
-    state.write_private(path, json.dumps(before | chosen))
+    write_private(path, json.dumps(before | chosen))
     if before.get("s3", chosen["s3"]) != chosen["s3"]:  # the same server at another port
         (state.folder() / "local" / "s3" / s3.BUCKET / ".endpoint").unlink(missing_ok=True)
     return chosen
@@ -195,7 +198,7 @@ def _secrets(path: Path) -> dict[str, str]:
     if not path.is_file():
         made = {"mlflow_password": secrets.token_urlsafe(24), "mlflow_session_key": secrets.token_hex(32)}
         made |= {"s3_access_key": secrets.token_hex(10).upper(), "s3_secret_key": secrets.token_urlsafe(30)}
-        state.write_private(path, json.dumps(made))
+        write_private(path, json.dumps(made))
     return json.loads(path.read_text())
 
 
@@ -259,7 +262,7 @@ class _Starter:
 
     def start_head(self) -> None:
         token = Path(self.cluster.environment["RAY_AUTH_TOKEN_PATH"])
-        state.write_private(token, secrets.token_hex(32))
+        write_private(token, secrets.token_hex(32))
         numbers = [self.ports[name] for name in ("gcs", "client", "dashboard", "metrics-head")]
         # Ray would take 44217 and 44227, on a machine with another Ray too.
         metrics = {
@@ -390,11 +393,9 @@ def reached(cluster: Cluster) -> Iterator[str]:
     yield cluster.addresses["dashboard"]
 
 
-def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """(name, last lines) of what each part prints, and of Ray's own logs of its head."""
-    for log in sorted((state.folder() / "logs").glob("*.log")):
-        yield log.stem, processes.last_lines(log)
+def logs(cluster: Cluster) -> Mapping[str, Callable[[], str]]:
+    """Of what each part prints, and Ray's own logs of its head."""
+    found = {log.stem: log for log in sorted((state.folder() / "logs").glob("*.log"))}
     session = Path(cluster.facts["temporary"], "session_latest", "logs")
-    for name in ("gcs_server.out", "raylet.out", "dashboard.log"):
-        if (session / name).is_file():
-            yield name, processes.last_lines(session / name)
+    found |= {log.name: log for name in _OF_HEAD if (log := session / name).is_file()}
+    return {name: partial(processes.last_lines, log) for name, log in found.items()}

@@ -18,9 +18,10 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from raymed.cluster import state
@@ -32,6 +33,7 @@ from raymed.cluster.providers.tunnels import Tunnel
 from raymed.cluster.services import Silent, mlflow, ray
 from raymed.cluster.state import Cluster
 from raymed.config import UserError
+from raymed.storage import write_private
 
 START_SECONDS = 300.0
 _DASHBOARD = 8265
@@ -59,7 +61,8 @@ class Config:
     venv: str = "/opt/raymed/venv"
     """The virtual environment on every host, with this raymed and this Ray."""
     install: bool = False
-    """Make the virtual environment, or bring it up to date, where it is missing or has other versions."""
+    """Make the virtual environment, or bring it up to date, where it is missing, has other versions or was not made of
+    this project as it is now."""
     python: str = f"python3.{sys.version_info.minor}"
     """What makes the virtual environment."""
     wheels: str | None = None
@@ -158,7 +161,7 @@ def _planned(config: Config, before: Cluster | None, machines: Sequence[Machine]
     addresses = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
     token = state.folder() / "token"
     if not token.is_file():
-        state.write_private(token, secrets.token_hex(32))
+        write_private(token, secrets.token_hex(32))
     environment = onprem_environment.of_clients(config.storage, addresses, token, before)
     names = [machine.host.name for machine in machines]
     works, worked = config.head_works or len(names) == 1, before is not None and before.facts.get("head_works", False)
@@ -203,14 +206,14 @@ def _without_left(cluster: Cluster, machines: Sequence[Machine]) -> Cluster:
 
 
 def _install(config: Config, machines: list[Machine]) -> None:
-    """Bring hosts with other versions to those of here; what they are afterwards takes their place in the list."""
+    """Bring hosts with another project or other versions to those of here; what they are afterwards takes their place
+    in the list."""
+    project = onprem_host.project()
 
     def bring(i: int) -> None:
         machine = machines[i]
-        try:
-            onprem_host.check_versions(machine, config.venv)
-        except UserError:
-            onprem_host.install(machine, config.venv, config.python, config.wheels)
+        if not onprem_host.has_installed(machine, config.venv, project):
+            onprem_host.install(machine, config.venv, config.python, config.wheels, project)
             machines[i] = onprem_host.survey(machine.host, config.venv)
             onprem_host.check_versions(machines[i], config.venv)
 
@@ -292,7 +295,7 @@ def status(cluster: Cluster) -> Sequence[Line]:
         try:
             states = onprem_host.states(host)
             found[host.name] = [
-                Line(f"{service} {host.name}", how == "active", _told(how, service)) for service, how in states.items()
+                Line(part := _part(service, host), how == "active", _told(how, part)) for service, how in states.items()
             ] or [Line(host.name, False, f"it has none of the services: {_AGAIN}")]
         except Failed as failed:
             found[host.name] = [Line(host.name, False, str(failed))]
@@ -308,8 +311,13 @@ def status(cluster: Cluster) -> Sequence[Line]:
     return [*lines, *_answers(cluster)]
 
 
-def _told(how: str, service: str) -> str:
-    return "" if how == "active" else f"{how}: python -m raymed.cluster logs tells what it said; {_AGAIN}"
+def _part(service: str, host: Host) -> str:
+    """By which `status` and `logs` name the service of a host."""
+    return f"{service}@{host.name}"
+
+
+def _told(how: str, part: str) -> str:
+    return "" if how == "active" else f"{how}: python -m raymed.cluster logs {part} tells what it said; {_AGAIN}"
 
 
 def _answers(cluster: Cluster) -> Iterator[Line]:
@@ -353,14 +361,11 @@ def reached(cluster: Cluster) -> Iterator[str]:
     yield _through_tunnels(cluster).addresses["dashboard"]
 
 
-def logs(cluster: Cluster) -> Iterator[tuple[str, str]]:
-    """(SERVICE HOST, last lines of its journal)."""
-    for host in _hosts(cluster):
-        try:
-            for service in onprem_host.states(host):
-                yield f"{service} {host.name}", onprem_host.journal(host, service)
-        except Failed as failed:
-            yield host.name, str(failed)
+def logs(cluster: Cluster) -> Mapping[str, Callable[[], str]]:
+    """Of SERVICE@HOST: the journal of that host, or why it cannot be read."""
+    hosts = _hosts(cluster)
+    parts = [(service, host) for host in hosts for service in _services(cluster, host is hosts[0])]
+    return {_part(service, host): partial(onprem_host.journal, host, service) for service, host in parts}
 
 
 def _ended(cluster: Cluster, hosts: Sequence[Host], spared: Sequence[str] = ()) -> dict[str, str]:

@@ -19,7 +19,7 @@ from importlib.metadata import version
 
 from raymed.cluster import outgoing
 from raymed.cluster.providers.launcher import PROJECT, filled
-from raymed.cluster.providers.ssh import Host
+from raymed.cluster.providers.ssh import Failed, Host
 from raymed.config import UserError
 
 SERVICES = ("raymed-head", "raymed-mlflow", "raymed-worker")
@@ -27,13 +27,14 @@ TIMER = "raymed-logs.timer"
 """On every host: old logs go."""
 _OF_TIMER = ("raymed-logs.service", TIMER)
 UNITS = PROJECT / "cluster" / "onprem"
-_OF_PROJECT = ("pyproject.toml", "README.md", "LICENSE", "raymed")
+_CODE, _TEXTS = ("pyproject.toml", "raymed"), ("LICENSE", "README.md")
 _PACKAGES = ("raymed", "ray", "flask-wtf")  # by the last one MLflow asks for passwords
 _INSTALL_SECONDS = 3600.0
+_INSTALLED = "raymed-project"  # in the virtual environment: the digest of the project that `install` brought
 _TO_BE = "/run/raymed-environment"  # of services, while it is tried
 
 _ADDRESS = 'set -- $SSH_CONNECTION; echo "$3"'
-# Prints NAME=VALUE lines; <venv> is filled in.
+# Prints NAME=VALUE lines; <words> are filled in.
 _SURVEY = """
 echo "system=$(uname -s)"; echo "user=$(id -un)"; echo "uid=$(id -u)"; echo "gid=$(id -g)"
 set -- $SSH_CONNECTION; echo "address=$3"
@@ -41,6 +42,7 @@ if [ "$(id -u)" = 0 ] || sudo -n true 2>/dev/null; then echo "root=yes"; fi
 [ -d /run/systemd/system ] && command -v systemd-run >/dev/null && echo "systemd=yes"
 echo "mark=$(head -n 1 /etc/raymed/cluster 2>/dev/null)"
 echo "owner=$(tail -n 1 /etc/raymed/cluster 2>/dev/null)"
+echo "project=$(cat <project> 2>/dev/null)"
 [ -x <venv>/bin/python ] && echo "versions=$(<venv>/bin/python -c <probe>)"
 exit 0
 """
@@ -90,8 +92,10 @@ class Machine:
     address: str
     """By which the others reach it: the one that SSH came in by."""
     mark: str = ""
-    """CLUSTER DIGEST of what was put on it; "" where nothing was."""
+    """CLUSTER DIGEST [PROJECT] of what was put on it; "" where nothing was."""
     owner: str = ""
+    project: str = ""
+    """The digest of the project that `install` brought; "" where it was brought otherwise."""
     versions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def as_service(self, venv: str, code: str, *arguments: str) -> str:
@@ -117,7 +121,8 @@ def as_root(host: Host, script: str, data: bytes = b"", **how: float) -> str:
 
 def survey(host: Host, venv: str) -> Machine:
     """What a host is. Raises UserError for one that cannot be reached, or cannot be a node whatever is installed."""
-    script = _SURVEY.replace("<venv>", venv).replace("<probe>", shlex.quote(_PROBE % (_PACKAGES,)))
+    script = _SURVEY.replace("<venv>", venv).replace("<project>", f"{venv}/{_INSTALLED}")
+    script = script.replace("<probe>", shlex.quote(_PROBE % (_PACKAGES,)))
     found = dict(line.split("=", 1) for line in host.run(script).splitlines() if "=" in line)
     if found["system"] != "Linux" or "systemd" not in found:
         raise UserError(f"{host.name}: it runs {found['system']} without systemd, and the services need that")
@@ -133,6 +138,7 @@ def survey(host: Host, venv: str) -> Machine:
         address=found["address"],
         mark=found["mark"],
         owner=found["owner"],
+        project=found["project"],
         versions=json.loads(found.get("versions") or "{}"),
     )
 
@@ -165,7 +171,38 @@ def check_versions(machine: Machine, venv: str) -> None:
         raise UserError(f"{machine.host.name}: MLflow in {venv} cannot ask for a password: pip install 'mlflow[auth]'")
 
 
-def install(machine: Machine, venv: str, python: str, wheels: str | None) -> None:
+@dataclass(frozen=True)
+class Project:
+    """This project's own code and what it requires, as it goes to hosts."""
+
+    archive: bytes
+    digest: str
+    """Differs where code or requirements do."""
+
+
+def project() -> Project:
+    """This project, as it is now."""
+    buffer, digest = io.BytesIO(), hashlib.sha256()
+    code = outgoing.files(PROJECT, _CODE)
+    for name in code:
+        content = (PROJECT / name).read_bytes()
+        digest.update(f"{name} {len(content)}\n".encode() + content)
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        for name in (*code, *outgoing.files(PROJECT, _TEXTS)):
+            archive.add(PROJECT / name, name)
+    return Project(buffer.getvalue(), digest.hexdigest()[:16])
+
+
+def has_installed(machine: Machine, venv: str, wanted: Project) -> bool:
+    """Whether a host has the versions of here, and got this very project by `install`."""
+    try:
+        check_versions(machine, venv)
+    except UserError:
+        return False
+    return machine.project == wanted.digest
+
+
+def install(machine: Machine, venv: str, python: str, wheels: str | None, wanted: Project) -> None:
     """Make the virtual environment, and install this project in it with all its packages. Raises UserError."""
     source = ["--no-index", "--find-links", wheels] if wheels else []
     pip = shlex.join([f"{venv}/bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *source])
@@ -173,21 +210,14 @@ def install(machine: Machine, venv: str, python: str, wheels: str | None) -> Non
         command -v {shlex.quote(python)} >/dev/null || {{
             echo "there is no {python} on it: install it, or name another one with --python" >&2; exit 1; }}
         [ -x {venv}/bin/python ] || {{ mkdir -p {venv} && {shlex.quote(python)} -m venv {venv}; }}
+        rm -f {venv}/{_INSTALLED}
         source=$(mktemp -d); trap 'rm -rf "$source"' EXIT
         tar -x -z --no-same-owner -C "$source"
         {pip} "$source[all]"
+        echo {wanted.digest} > {venv}/{_INSTALLED}
         chown -R {machine.uid}:{machine.gid} {venv}
     """
-    as_root(machine.host, script, _project(), seconds=_INSTALL_SECONDS)
-
-
-def _project() -> bytes:
-    """This project's own code."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
-        for name in outgoing.files(PROJECT, _OF_PROJECT):
-            archive.add(PROJECT / name, name)
-    return buffer.getvalue()
+    as_root(machine.host, script, wanted.archive, seconds=_INSTALL_SECONDS)
 
 
 @dataclass(frozen=True)
@@ -223,9 +253,9 @@ def _environment_file(values: Mapping[str, str]) -> str:
 
 
 def write(machine: Machine, cluster: str, wanted: Contents) -> None:
-    """Put it on the host, take away services that it is no longer to have, and start the others with it. Nothing is
-    done where it lies there."""
-    mark = f"{cluster} {wanted.digest()}"
+    """Put it on the host, take away services that it is no longer to have, and start the others with it and with the
+    project that was installed. Nothing is done where they have all of it."""
+    mark = f"{cluster} {wanted.digest()} {machine.project}".rstrip()
     if machine.mark == mark:
         return
     if machine.mark:
@@ -321,5 +351,8 @@ def states(host: Host) -> dict[str, str]:
 
 
 def journal(host: Host, service: str, lines: int = 40) -> str:
-    """The last lines of a service's log. Raises Failed."""
-    return as_root(host, f"journalctl --no-pager --output=cat --lines={lines} --unit={service}")
+    """The last lines of a service's log, or why they cannot be read."""
+    try:
+        return as_root(host, f"journalctl --no-pager --output=cat --lines={lines} --unit={service}")
+    except Failed as failed:
+        return str(failed)

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 from raymed.cluster.services import Silent, get
 from raymed.train.places.cluster import DRIVER
@@ -18,6 +19,8 @@ from raymed.train.places.cluster import DRIVER
 _DRIVERS = 1000
 _HEAD_STORE = 200 * 2**20  # bytes of what drivers put
 _LEAST_STORE = 80 * 2**20  # Ray refuses less than 75 MiB
+# Ray would tell of 100 nodes, whichever, and keeps the dead ones; it takes no higher limit than this.
+_LIVE = {"detail": 1, "limit": 10_000, "filter_keys": "state", "filter_predicates": "=", "filter_values": "ALIVE"}
 _STORE_SHARE, _MEMORY_SHARE = 0.15, 0.7  # of the memory that is available, over all workers
 
 
@@ -85,9 +88,8 @@ def ask_dashboard(url: str, environment: Mapping[str, str]) -> str:
 
 def nodes(url: str, environment: Mapping[str, str]) -> dict[str, dict[str, Any]]:
     """The live nodes by name, as the head knows them. Raises Silent."""
-    answer = _get(f"{url}/api/v0/nodes?detail=1", environment)
-    found = answer["data"]["result"]["result"]
-    return {node["node_name"]: node for node in found if node["state"] == "ALIVE"}
+    answer = _get(f"{url}/api/v0/nodes?{urlencode(_LIVE)}", environment)
+    return {node["node_name"]: node for node in answer["data"]["result"]["result"]}
 
 
 def describe(node: Mapping[str, Any]) -> str:

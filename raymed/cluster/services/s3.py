@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from raymed.cluster.services import Silent
+from raymed.storage import write_private
 
 BUCKET = "raymed"
 _YEARS = timedelta(days=3650)
@@ -41,14 +42,8 @@ def _write_security(folder: Path) -> None:
     lines += ["[grpc]", f'ca = "{certificate}"']
     for part in ("master", "volume", "filer", "s3", "client"):
         lines += [f"[grpc.{part}]", f'cert = "{certificate}"', f'key = "{certificate}"']
-    _write_private(certificate, _certificate())
-    _write_private(folder / "security.toml", "\n".join(lines).encode())
-
-
-def _write_private(path: Path, data: bytes) -> None:
-    path.unlink(missing_ok=True)
-    path.touch(mode=0o600)
-    path.write_bytes(data)
+    write_private(certificate, _certificate())
+    write_private(folder / "security.toml", "\n".join(lines))
 
 
 def _certificate() -> bytes:

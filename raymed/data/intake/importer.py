@@ -22,7 +22,7 @@ from raymed.config import UserError, check_choice, to_json
 from raymed.data.intake import outputs
 from raymed.data.intake.matching import match, one_person
 from raymed.data.intake.pictures import make_pictures, remove_others, show_boxes
-from raymed.data.intake.pseudonyms import Pseudonyms, default_key_file, load_key, private_write, vault_of
+from raymed.data.intake.pseudonyms import Pseudonyms, default_key_file, load_key, vault_of
 from raymed.data.intake.rows import (
     Finding,
     Row,
@@ -37,7 +37,7 @@ from raymed.data.intake.selection import Selection, select
 from raymed.data.intake.settings import ImportConfig
 from raymed.data.intake.sheet import clean, read_sheet
 from raymed.data.intake.telling import Telling
-from raymed.storage import storage_folder, write_atomic
+from raymed.storage import storage_folder, write_atomic, write_private
 from raymed.storage.paths import not_written
 
 RECORD = "import.json"
@@ -249,7 +249,7 @@ def _settle(findings: Sequence[Finding], private: Path, config: ImportConfig) ->
     table = pd.DataFrame([[getattr(finding, name) for name in columns] for finding in findings], columns=columns)
     table["row"] = table["row"].astype("Int64")
     # With a byte order mark: Excel takes the file for cp949 otherwise, and Hangul for something else.
-    private_write(private / "problems.csv", table.to_csv(index=False).encode("utf-8-sig"))
+    write_private(private / "problems.csv", table.to_csv(index=False).encode("utf-8-sig"))
     stopping = [finding for finding in findings if finding.stops]
     if config.on_problem == "skip" or not stopping:
         return

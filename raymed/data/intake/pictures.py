@@ -18,13 +18,13 @@ import numpy as np
 
 from raymed.config import UserError
 from raymed.data.cache import on_threads
-from raymed.data.intake.pseudonyms import Pseudonyms, private_write
+from raymed.data.intake.pseudonyms import Pseudonyms
 from raymed.data.intake.scan import CLOSED, PATIENCE, answers, patiently
 from raymed.data.intake.settings import Box
 from raymed.data.intake.text_regions import blank, text_boxes
 from raymed.data.readers import ImageProblem, read
 from raymed.data.regions import parse_boxes
-from raymed.storage import write_atomic
+from raymed.storage import write_atomic, write_private
 from raymed.storage.paths import not_written
 
 FOLDER, RECORD = "images", "pictures.jsonl"
@@ -146,7 +146,7 @@ def show_boxes(
     sheet = Image.new("RGB", (columns * _TILE, -(-len(tiles) // columns) * _TILE), (40, 40, 40))
     for i, tile in enumerate(tiles):
         sheet.paste(tile, (i % columns * _TILE, i // columns * _TILE))
-    private_write(file, _png(sheet))
+    write_private(file, _png(sheet))
     return len(tiles)
 
 

@@ -21,8 +21,7 @@ from pathlib import Path
 
 from raymed.config import UserError, check_choice
 from raymed.data.intake.header import normal
-from raymed.storage import lock, write_atomic
-from raymed.storage.paths import not_written
+from raymed.storage import lock, write_private
 
 _KINDS = {"patient": ("P", 8), "case": ("C", 8), "image": ("I", 16)}
 """Letter and number of characters, 5 bits each: 100 000 patients collide with a probability of 0.5 %, and then it is
@@ -74,7 +73,7 @@ class Vault:
                 if len(own if pseudonym.startswith("P-") else together) > 1:
                     raise UserError(f"two identifiers have the pseudonym {pseudonym}: import with another --key-file")
                 known[pseudonym] = together
-            private_write(self._path, self._cipher.encrypt(json.dumps(known, ensure_ascii=False).encode()))
+            write_private(self._path, self._cipher.encrypt(json.dumps(known, ensure_ascii=False).encode()))
 
     def whois(self, pseudonym: str) -> list[str]:
         """The identifiers behind it. Raises UserError where it is not known here."""
@@ -140,18 +139,6 @@ def load_key(path: str | Path, apart_from: Iterable[Path] = ()) -> bytes:
     if len(key) != _BYTES:
         raise UserError(f"{path} is no key of {2 * _BYTES} hexadecimal digits: name the right file, or a new one")
     return key
-
-
-def private_write(path: Path, data: str | bytes) -> None:
-    """Write a file whole, readable by its owner only."""
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    before = os.umask(0o077)
-    try:
-        write_atomic(path, data)
-    except OSError as error:
-        raise not_written(path, error) from error
-    finally:
-        os.umask(before)
 
 
 def _create(path: Path) -> None:

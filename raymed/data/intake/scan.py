@@ -22,7 +22,7 @@ from raymed.config import UserError, check_choice
 from raymed.data.intake.header import COLUMNS, PATH_KEYS, SITE_TAGS, Found, describe, normal
 
 __all__ = ["CLOSED", "COLUMNS", "FOREIGN", "LINK", "PATH_KEYS", "PATIENCE", "SITE_TAGS", "Found", "Scan"]
-__all__ += ["answers", "is_foreign", "patiently", "scan"]
+__all__ += ["Silent", "answers", "is_foreign", "patiently", "scan"]
 
 T = TypeVar("T")
 
@@ -31,6 +31,10 @@ PATIENCE = (0.5, 1.0, 2.0, 4.0, 8.0)
 _FREE_TEXT = "series"
 CLOSED, LINK = "cannot be opened", "link to a folder, not followed"
 FOREIGN = "name is not UTF-8: mount the share with iocharset=utf8"
+
+
+class Silent(UserError):
+    """A share stopped answering: what lies there may be had again later."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +81,8 @@ def scan(
         progress: called with (files scanned, files in all) after every file.
 
     Raises:
-        UserError: there is no such folder, or no file in it that matches; key or site is no such tag; the share stopped
-            answering (what was scanned is kept).
+        UserError: there is no such folder, or no file in it that matches; key or site is no such tag.
+        Silent: the share stopped answering (what was scanned is kept).
     """
     root = _folder(folder)
     _check_tags(key, site)
@@ -224,11 +228,11 @@ def answers(root: Path) -> bool:
         return False
 
 
-def _silent(root: Path, error: OSError, done: int, total: int | None, checkpoint: Path | None) -> UserError:
+def _silent(root: Path, error: OSError, done: int, total: int | None, checkpoint: Path | None) -> Silent:
     reached = "while its files were listed" if total is None else f"after {done} of {total} files"
     onward = "the same command goes on from there" if checkpoint and total else "start the same command again"
     reason = error.strerror or type(error).__name__
-    return UserError(f"{root} stopped answering {reached} ({reason}): check the share or the network; then {onward}")
+    return Silent(f"{root} stopped answering {reached} ({reason}): check the share or the network; then {onward}")
 
 
 class _Checkpoint:

@@ -51,7 +51,7 @@ CHECKS = (
     Check("shared memory", memory.this_machine),
     Check("storage", storage.tried, when=lambda place: place.has_storage),
     Check("disk space", storage.space, when=lambda place: place.has_storage),
-    Check("MLflow", tracking.written, 120),
+    Check("MLflow", tracking.written, 120, lambda place: place.has_way),
     Check("clock", clocks.of_services, 60, lambda place: bool(place.services())),
     Check("Ray", connection.connects, 60, lambda place: place.ray is not None),
     Check("Ray's token", connection.asks_for_token, 90, lambda place: place.ray is not None, on_ray=True),

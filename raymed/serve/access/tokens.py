@@ -17,7 +17,7 @@ from pathlib import Path
 
 from raymed.config import UserError, check_range, to_dict, to_json
 from raymed.serve.config import NAME, ServeConfig
-from raymed.storage import lock, remote_of, storage_folder
+from raymed.storage import lock, remote_of, storage_folder, write_private
 
 ENVIRONMENT = "RAYMED_SERVE_TOKEN"
 """A single token, in place of a file or beside it; the log calls it by this name."""
@@ -173,9 +173,7 @@ def _changing(file: Path):
 
 
 def _write(file: Path, tokens: Sequence[Token]) -> None:
-    from raymed.data.intake.pseudonyms import private_write
-
-    private_write(file, to_json({"tokens": [to_dict(each) for each in tokens]}))
+    write_private(file, to_json({"tokens": [to_dict(each) for each in tokens]}))
 
 
 def _hashed(token: str | bytes) -> str:

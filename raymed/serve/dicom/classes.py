@@ -3,6 +3,8 @@
 from functools import cache
 from typing import TYPE_CHECKING
 
+from raymed.serve.uploads.dicom import TRANSFER_SYNTAXES
+
 if TYPE_CHECKING:
     from pydicom.uid import UID
 
@@ -36,19 +38,6 @@ _IMAGES = (
     "XRayAngiographicImageStorage",
     "XRayRadiofluoroscopicImageStorage",
 )
-_SYNTAXES = (
-    "ExplicitVRLittleEndian",
-    "ImplicitVRLittleEndian",
-    "RLELossless",
-    "JPEGBaseline8Bit",
-    "JPEGExtended12Bit",
-    "JPEGLossless",
-    "JPEGLosslessSV1",
-    "JPEGLSLossless",
-    "JPEGLSNearLossless",
-    "JPEG2000Lossless",
-    "JPEG2000",
-)
 
 
 @cache
@@ -62,6 +51,6 @@ def image_classes() -> "tuple[UID, ...]":
 @cache
 def transfer_syntaxes() -> "tuple[UID, ...]":
     """Encodings of pixels, the preferred ones first."""
-    from pydicom import uid
+    from pydicom.uid import UID
 
-    return tuple(getattr(uid, name) for name in _SYNTAXES)
+    return tuple(UID(syntax) for syntax in TRANSFER_SYNTAXES)

@@ -19,6 +19,7 @@ _STUDY = (400, 409, 413, 415, 422)
 """What is wrong with the study itself, however often it is sent."""
 _WHOLE = (401, 403, 404, 429, 503)
 """What is wrong for every study."""
+_STANDS = "An earlier report of this study, about fewer images, stands"
 _NO_TOKEN = "a valid token is expected in --token-file or RAYMED_NODE_TOKEN; jobs/serve_tokens.py add NAME makes one"
 
 
@@ -29,6 +30,14 @@ class NotNow(Exception):
     def __init__(self, reason: str, after: float | None = None, everybody: bool = True):
         super().__init__(reason)
         self.after, self.everybody = after, everybody
+
+
+@dataclass(frozen=True)
+class Results:
+    """What a study is told, as files, the report first. is_refusal: it is that the study cannot be used."""
+
+    files: "list[bytes]"
+    is_refusal: bool = False
 
 
 @dataclass
@@ -44,21 +53,23 @@ class Endpoint:
     ca: Path | None = None
     _client: "httpx.Client | None" = field(default=None, repr=False)
 
-    def ask(self, files: Sequence[Path], before: str = "") -> "list[bytes]":
-        """The results for the images of a study, as files, the report first.
+    def ask(self, files: Sequence[Path], before: str = "", refusal: str = "") -> Results:
+        """The results for the images of a study, which take the place of earlier ones (see `queue.Study`).
 
         A study that cannot be used gets a report that says so: in an archive, silence looks like a model that has not
-        seen the study yet, and a reader would wait, or take it for a negative. Raises NotNow.
+        seen the study yet, and a reader would wait, or take it for a negative. It takes the place of a refusal alone:
+        what the model has found in fewer images still holds. Raises NotNow.
         """
         body, headers = related_of_files(files)
-        query: dict[str, Any] = {"results": list(self.results)} | ({"before": before} if before else {})
+        replaced = [report for report in (before, refusal) if report]
+        query: dict[str, Any] = {"results": list(self.results), "before": replaced}
         accept = f'multipart/related; type="{DICOM}"'
         found = self._send("POST", "/studies", content=body, params=query, headers=headers | {"Accept": accept})
         if found.status_code in _STUDY:
-            return [self._refusal(files, _detail(found), before)]
-        return read_related(found.content, found.headers["content-type"])
+            return Results([self._refused(files, _detail(found), before, refusal)], is_refusal=True)
+        return Results(read_related(found.content, found.headers["content-type"]))
 
-    def _refusal(self, files: Sequence[Path], reason: str, before: str) -> bytes:
+    def _refused(self, files: Sequence[Path], why: str, before: str, refusal: str) -> bytes:
         from pydicom import dcmread
 
         from raymed.serve.dicom.objects import predecessor, to_bytes
@@ -67,13 +78,15 @@ class Endpoint:
         from raymed.serve.handlers import Upload
         from raymed.serve.service import Answer
 
+        which = "the study with its later images" if before else "the images"
+        reasons = [f"The model has not looked at {which}: {why}", *([_STANDS] if before else [])]
         about = self._send("GET", "").json()
         told = {name: about[name] for name in Answer.model_fields if name in about}
-        answer = Answer(**told, decision=None, reasons=[f"The model has not looked at the images: {reason}"], result={})
+        answer = Answer(**told, decision=None, reasons=reasons, result={})
         nothing = np.zeros((1, 1), np.uint8)
         headers = [dcmread(file, stop_before_pixels=True) for file in files]
         case = Case(answer, sound([Upload(nothing, place, header=header) for place, header in enumerate(headers)]))
-        return to_bytes(report(case, predecessor(case.first, before)))
+        return to_bytes(report(case, [predecessor(case.first, refusal)] if refusal else []))
 
     def _send(self, method: str, path: str, **what: Any) -> "httpx.Response":
         """A response that is an answer or says what is wrong with the study. Raises NotNow for any other."""

@@ -4,7 +4,7 @@
 
 Success is answered once an image is on disk. Whoever is not there, the endpoint or an archive, is tried again, at
 longer and longer intervals, for as long as it takes. A study that gets a late image is answered again, as a whole, in a
-report that names the one before it. Logs know studies by a hash.
+report that names the one before it; where that cannot be, the one before it stands. Logs know studies by a hash.
 """
 
 import logging
@@ -177,8 +177,8 @@ class Node:
 
     def _ask_about(self, study: Study) -> None:
         try:
-            files = self.endpoint.ask(list(study.images.values()), study.before)
-            self.queue.answer(study, files, identity_of_report(files[0]))
+            found = self.endpoint.ask(list(study.images.values()), study.before, study.refusal)
+            self.queue.answer(study, found.files, identity_of_report(found.files[0]), found.is_refusal)
         except NotNow as why:
             wait = self._patience.failed(study.key, None if why.everybody else why.after)
             if why.everybody:  # unless it is this study alone that it cannot answer: the next try is another's
@@ -189,7 +189,7 @@ class Node:
         else:
             self._patience.worked("endpoint")
             self._patience.worked(study.key)
-            log.info("study %s: %d images answered, %d results", study.key[:12], len(study.images), len(files))
+            log.info("study %s: %d images answered, %d results", study.key[:12], len(study.images), len(found.files))
 
     def _later(self, what: str, study: str, why: str) -> None:
         self._tell_of_wait(study, why, self._patience.failed(what))

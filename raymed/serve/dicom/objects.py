@@ -31,7 +31,7 @@ def objects(
     case: Case,
     kinds: Sequence[Kind],
     regions: "Sequence[Region]",
-    before: "Dataset | None" = None,
+    before: "Sequence[Dataset]" = (),
     most_bytes: float = inf,
     notes: Sequence[str] = (),
 ) -> "list[Dataset]":
@@ -40,7 +40,7 @@ def objects(
 
     Args:
         regions: what the pictures show, see `regions_of`.
-        before: the report that this one takes the place of, see `report`.
+        before: the reports that this one takes the place of, see `report`.
         most_bytes: of all pictures (`pictures_size`); images whose pictures would not fit have none.
         notes: what else the report is to say.
     """
@@ -73,13 +73,11 @@ def _size(image: "Upload", kinds: Sequence[Kind]) -> int:
     return ("overlay" in kinds) * overlay_size(height, width) + ("segmentation" in kinds) * height * width
 
 
-def predecessor(header: "Dataset", before: str) -> "Dataset | None":
-    """The earlier report of a study that "SERIES/INSTANCE" names; None for "". Raises UserError for another form."""
+def predecessor(header: "Dataset", before: str) -> "Dataset":
+    """The earlier report of a study that "SERIES/INSTANCE" names. Raises UserError for another form."""
     from pydicom import Dataset
     from pydicom.uid import UID, ComprehensiveSRStorage
 
-    if not before:
-        return None
     series, _, instance = before.partition("/")
     if not (series and instance and UID(series).is_valid and UID(instance).is_valid):
         raise UserError("before: SERIES/INSTANCE of the earlier report is expected, two UIDs")

@@ -31,6 +31,7 @@ CREATE INDEX IF NOT EXISTS here ON images (study) WHERE here = 1;
 CREATE TABLE IF NOT EXISTS answers (
     id INTEGER PRIMARY KEY AUTOINCREMENT, study TEXT NOT NULL, images TEXT NOT NULL, report TEXT NOT NULL,
     since REAL NOT NULL, sent REAL);
+CREATE TABLE IF NOT EXISTS refusals (id INTEGER PRIMARY KEY, study TEXT NOT NULL);
 """
 _HERE = "SELECT study FROM images WHERE here = 1"
 _OVER = """GROUP BY study HAVING MIN(answered) = 1 AND MAX(since) <= :before
@@ -43,11 +44,13 @@ _REMEMBERED = 400 * _DAY
 @dataclass(frozen=True)
 class Study:
     """A study that waits for its answer. key: its pseudonym. images: files by the images' hashes.
-    before: "SERIES/INSTANCE" of the report that a new one takes the place of, or ""."""
+    before, refusal: "SERIES/INSTANCE" of its reports about fewer images, or "": the newest for which the model looked
+    at them, and the one that has said since then that it did not look at more."""
 
     key: str
     images: dict[str, Path]
     before: str
+    refusal: str = ""
 
 
 @dataclass(frozen=True)
@@ -116,17 +119,25 @@ class Queue:
     def _study(self, db: sqlite3.Connection, study: str) -> Study:
         images = db.execute("SELECT image FROM images WHERE study = ? AND here = 1 ORDER BY image", (study,)).fetchall()
         names = {image for (image,) in images}
-        answers = db.execute("SELECT images, report FROM answers WHERE study = ? ORDER BY id DESC", (study,))
-        before = next((report for about, report in answers if set(json.loads(about)) < names), "")
-        return Study(study, {image: self._image(study, image) for (image,) in images}, before)
+        answers = db.execute(
+            "SELECT images, report, id IN (SELECT id FROM refusals) FROM answers WHERE study = ? ORDER BY id DESC",
+            (study,),
+        )
+        earlier = [(report, is_refusal) for about, report, is_refusal in answers if set(json.loads(about)) < names]
+        before = next((report for report, is_refusal in earlier if not is_refusal), "")
+        refusal = earlier[0][0] if earlier and earlier[0][1] else ""
+        return Study(study, {image: self._image(study, image) for (image,) in images}, before, refusal)
 
-    def answer(self, study: Study, files: Sequence[bytes], report: str) -> None:
-        """Note an answer to a study as it was when it was asked about. report: "SERIES/INSTANCE"."""
+    def answer(self, study: Study, files: Sequence[bytes], report: str, is_refusal: bool = False) -> None:
+        """Note an answer to a study as it was when it was asked about. report: "SERIES/INSTANCE". is_refusal: it says
+        that the model has not looked at the images."""
         with self._open() as db:
             made = db.execute(
                 "INSERT INTO answers (study, images, report, since) VALUES (?, ?, ?, ?)",
                 (study.key, json.dumps(list(study.images)), report, time.time()),
             ).lastrowid
+            if is_refusal:
+                db.execute("INSERT INTO refusals VALUES (?, ?)", (made, study.key))
             folder = self.folder / "results" / str(made)
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
@@ -183,7 +194,7 @@ class Queue:
         with self._open() as db:
             old = {"before": time.time() - _REMEMBERED}
             done = db.execute(f"SELECT study FROM images WHERE study NOT IN ({_HERE}) {_OVER}", old).fetchall()
-            for table in ("images", "answers", "studies"):
+            for table in ("images", "answers", "refusals", "studies"):
                 db.executemany(f"DELETE FROM {table} WHERE study = ?", done)
             known = {str(id) for (id,) in db.execute("SELECT id FROM answers")}
         for place in (self.folder / "results").iterdir():

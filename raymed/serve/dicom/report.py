@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from raymed.serve.handlers import Upload
 
 
-def report(case: Case, before: "Dataset | None" = None, notes: Sequence[str] = ()) -> "ComprehensiveSR":
-    """The report. before: an earlier one of the study (its study, series, SOP class and SOP instance) that this takes
+def report(case: Case, before: "Sequence[Dataset]" = (), notes: Sequence[str] = ()) -> "ComprehensiveSR":
+    """The report. before: earlier ones of the study (study, series, SOP class and SOP instance of each) that this takes
     the place of. notes: what else people are to know."""
     from highdicom import sr
     from pydicom.sr.codedict import codes
@@ -45,7 +45,7 @@ def report(case: Case, before: "Dataset | None" = None, notes: Sequence[str] = (
         is_complete=True,
         is_final=False,
         is_verified=False,
-        previous_versions=None if before is None else [before],
+        previous_versions=before or None,
         coding_schemes=[coding_scheme()],
         **case.common("report", 1, case.answer.decision is not None),
     )
@@ -113,7 +113,7 @@ def _case_group(case: Case, notes: Sequence[str]) -> "MeasurementsAndQualitative
 
     result = case.answer.result
     measured = [
-        _number(case, name, result[key])
+        _number(name, result[key])
         for key, name in (("probability", codes.DCM.Probability), ("threshold", codes.DCM.ThresholdValue))
         if key in result
     ]
@@ -130,7 +130,7 @@ def _image_group(case: Case, place: int) -> "MeasurementsAndQualitativeEvaluatio
     from pydicom.sr.codedict import codes
 
     told = case.answer.result["images"][place]
-    measured = [_number(case, codes.DCM.Probability, told["probability"])] if "probability" in told else []
+    measured = [_number(codes.DCM.Probability, told["probability"])] if "probability" in told else []
     return _group(case, f"image {place + 1}", measured, [], [case.images[place]])
 
 
@@ -164,7 +164,7 @@ def _algorithm(case: Case) -> "AlgorithmIdentification":
     return AlgorithmIdentification(case.answer.model, case.version or "unknown", told, manufacturer=MANUFACTURER)
 
 
-def _number(case: Case, name: "Code", value: float) -> Any:
+def _number(name: "Code", value: float) -> Any:
     from highdicom.sr import Measurement
     from pydicom.sr.codedict import codes
 

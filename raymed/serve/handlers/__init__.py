@@ -46,7 +46,6 @@ T = TypeVar("T")
 Decision = Literal["positive", "negative", "abstain"]
 Network = Callable[[Tensor], Sequence[Any]]
 """(B, ...) -> B results, on the server's device."""
-_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -95,6 +94,11 @@ class Ask(Protocol):
         """What stands in the answer of the model: model, version, bundle, research_only, ... for pictures to bear."""
         ...
 
+    @property
+    def at_once(self) -> int:
+        """Items that a case may have in the queue, at least 1."""
+        ...
+
     async def __call__(self, network: str, item: Tensor) -> Any:
         """The result of one of `Handler.networks` for one item, computed in a batch with those of other requests.
         Raises Problem (503) where too many wait."""
@@ -107,11 +111,21 @@ class Ask(Protocol):
 
 async def ask_all(ask: Ask, network: str, items: Sequence[Tensor]) -> list[Any]:
     """The results of a network for many items. Only some wait at a time, so that a large case leaves others room in the
-    queue."""
+    queue. Raises what asking for one of them raised first; the others are then no longer waited for."""
     found: list[Any] = []
-    for start in range(0, len(items), _AT_ONCE):
-        found += await asyncio.gather(*(ask(network, item) for item in items[start : start + _AT_ONCE]))
+    for start in range(0, len(items), ask.at_once):
+        found += await _together(ask, network, items[start : start + ask.at_once])
     return found
+
+
+async def _together(ask: Ask, network: str, items: Sequence[Tensor]) -> list[Any]:
+    asked = [asyncio.ensure_future(ask(network, item)) for item in items]
+    try:
+        return await asyncio.gather(*asked)
+    finally:
+        for each in asked:
+            each.cancel()
+        del asked  # a cancelled task holds the frame that it was raised through, and with it the pixels
 
 
 def example_image(size: int) -> Upload:

@@ -59,7 +59,7 @@ class _Image:
         except Problem as problem:
             if problem.status == 503:
                 raise
-            raise ImageProblem(_reason(problem, self.file.frame)) from None
+            raise ImageProblem(_reason(problem, self.file.frame, self.limits.frames)) from None
         return check_varies(blanked(pixels, self.file.blank)) if self.file.blank else pixels
 
     def _upload(self, content: bytes, window: Window | None) -> Upload:
@@ -86,10 +86,10 @@ def _content(path: Path, most: int) -> bytes:
     return content
 
 
-def _reason(problem: Problem, frame: int | None) -> str:
+def _reason(problem: Problem, frame: int | None, most: int) -> str:
     """Without the place in a request."""
     if problem.field == "frames" and frame is None:
-        return "holds several frames: name one, from 1, in the column frame"
+        return f"holds several frames: name one, from 1, in the column frame; of a folder's file up to {most} are taken"
     if problem.field == "frames":
         return f"has no frame {frame}"
     return problem.detail.removeprefix("files[0]").lstrip(".: ")

@@ -2,9 +2,14 @@
 
 The networks are those that the server has loaded, in the thread of its device, one image at a time and only when nobody
 else waits; the rest happens in the thread of jobs. Files are read as those of requests are, with the same limits, and
-what a case is answered is what a request for its images is answered. What stands in the tables is not done again.
+what a case is answered is what a request for its images is answered: of a folder all frames count and nothing is
+painted black, as in `jobs/predict.py --frames all --blank none`. What stands in the tables is not done again.
+
+A folder's cases have pseudonyms under the key of the server's user, that of `import_data` there. The key is never put
+in the storage, where it would lie beside the answers: a job goes on where its key is.
 """
 
+import hmac
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,9 +18,12 @@ from typing import Any
 from torch import Tensor
 
 from raymed.config import UserError
+from raymed.data.intake.pseudonyms import default_key_file, load_key
+from raymed.data.intake.scan import Silent
+from raymed.data.intake.scan import answers as still_answers
 from raymed.data.locations import Location, below
 from raymed.data.manifest import DataConfig, read_table
-from raymed.results.predict import answer_case, asked_cases, bundle_hash
+from raymed.results.predict import answer_case, asked_cases, bundle_hash, check_share
 from raymed.results.predict_cases import Asked, Case, ImageFolder
 from raymed.results.predict_table import Origin, Tables
 from raymed.serve.config import Limits
@@ -39,11 +47,25 @@ def allowed(source: str, roots: Sequence[str]) -> Path:
     Raises:
         Problem: 403 for what lies in none of the roots, wherever links lead; 422 for what is not there.
     """
+    path = _inside(source, roots)
+    if not os.path.exists(path):  # False also for a name that is too long
+        raise Problem(422, "source: there is no such folder or manifest", field="source")
+    return path
+
+
+def present(source: str, roots: Sequence[str]) -> Path:
+    """What a job is about, which was there when it was asked for. Raises Silent where it is gone, or a folder without
+    anything in it, as where its share is gone; Problem (403)."""
+    path = _inside(source, roots)
+    if not (still_answers(path) if path.is_dir() else path.is_file()):
+        raise Silent("the source is not there now, or an empty folder: check the share or the network")
+    return path
+
+
+def _inside(source: str, roots: Sequence[str]) -> Path:
     path = inside(source, roots)
     if path is None:
         raise Problem(403, "source: it does not lie in a folder that this server takes jobs from", field="source")
-    if not os.path.exists(path):  # False also for a name that is too long
-        raise Problem(422, "source: there is no such folder or manifest", field="source")
     return path
 
 
@@ -64,17 +86,31 @@ def _resolved(folder: Path, source: str) -> Path | None:
         return None
 
 
-def cases_of(live: Live, path: Path, roots: Sequence[str]) -> Asked:
-    """What is to be answered. Raises UserError, also for images that lie in none of the roots."""
+def cases_of(live: Live, path: Path, roots: Sequence[str], limits: Limits) -> Asked:
+    """What is to be answered. Raises UserError, also for images that lie in none of the roots; OSError for a manifest
+    that cannot be read now."""
     if path.is_dir():
-        asked = asked_cases(live.handler.bundle, ImageFolder(images=path), DataConfig(manifest=""))
+        folder = ImageFolder(images=path, frames="all", blank="none")  # as of a request
+        asked = asked_cases(live.handler.bundle, folder, DataConfig(manifest=""), limits.frames)
         _check_inside((image.source.path for case in asked.cases for image in case.images), roots)
         return asked
+    with path.open("rb") as file:  # of a table that cannot be read, nobody could tell whether it is damaged
+        file.read(1)
     # Before anything looks for the images that a manifest names, which may be elsewhere or URLs.
     table = read_table(path)
     if "image" in table:
         _check_inside((below(path.parent, name) for name in table["image"]), roots)
     return asked_cases(live.handler.bundle, ImageFolder(), DataConfig(manifest=str(path)))
+
+
+def key_mark() -> str:
+    """Sixteen hexadecimal digits that tell the key of a folder's pseudonyms, and nothing of it; "" where this server
+    has none that can be used."""
+    try:
+        key = load_key(default_key_file()) if default_key_file().is_file() else None
+    except (UserError, OSError):
+        return ""
+    return hmac.digest(key, b"jobs", "sha256").hex()[:16] if key else ""
 
 
 def _check_inside(paths: Iterable[Location], roots: Sequence[str]) -> None:
@@ -97,8 +133,11 @@ def answers(
 ) -> Iterator[int]:
     """Answer case after case into the tables of a folder; yields how many stand there, before each and at the end.
 
-    ask: the network's answer for one image (C, size, size), as `Live.__call__` gives it. Raises UserError, Problem.
+    ask: the network's answer for one image (C, size, size), as `Live.__call__` gives it.
+
+    Raises UserError, of which Silent may pass, and Problem.
     """
+    check_share(asked.cases)
     predictor = _Asking(_predictor(live.handler), ask)
     with Tables(folder / TABLES["cases"], asked.cases, _origin(live, asked)) as tables:
         todo = [case for case in asked.cases if case.key not in tables.done]

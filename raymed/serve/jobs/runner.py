@@ -1,7 +1,8 @@
 """The thread that works jobs off, one at a time, with the lowest claim on everything.
 
 A job is gone on with by the version of the model that it began with. Where that is neither loaded nor to be had from
-the registry any more it fails: a table holds the answers of one model.
+the registry any more it fails: a table holds the answers of one model. So it holds pseudonyms under one key: the job of
+a folder, once begun, waits for a server with the key that it began with.
 
 Whoever works on a job of a model holds the lock of that model: a job that runs while the lock is free was left by a
 server that has ended.
@@ -17,23 +18,26 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import wait
+from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
+from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.serve.access import log
 from raymed.serve.config import ServeConfig
 from raymed.serve.engine import Engine
 from raymed.serve.jobs import predict
+from raymed.serve.jobs.outages import Outages, may_pass, reason_of
 from raymed.serve.jobs.store import Job, Row, State, Store
-from raymed.serve.live import Live, load_live
-from raymed.serve.models import CHAMPION, Models, Served
+from raymed.serve.live import Live, Origin, load_live
+from raymed.serve.models import CHAMPION, Models, Served, Unreachable
 from raymed.serve.problems import Problem
 from raymed.storage import is_remote, lock, remote_of, storage_folder
 
+T = TypeVar("T")
 KINDS = {"predict": predict}
 """What does the work: `check`, `cases_of`, `answers` and `TABLES` are those of its kind."""
 _LOOK_S = 2.0
@@ -48,6 +52,8 @@ _REFUSED_S = 600.0
 """A job fails when its next image has been refused for so long, by a device without memory or a queue that is full."""
 _GONE_S = 86400.0
 """A job fails when no server was there that could do it for so long, all of which this server was."""
+_END_S = 10.0
+"""For what the thread is doing when the server is to end."""
 
 
 class _Left(Exception):
@@ -67,6 +73,7 @@ class Jobs:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._since = 0.0
+        self._outages = Outages()
         if config.batch_roots and (url := remote_of(self.folder)):
             raise UserError(
                 f"batch_roots: jobs and their results are kept in the storage, and {url} is a bucket, of which every "
@@ -90,11 +97,12 @@ class Jobs:
         self._thread.start()
 
     def stop(self) -> None:
-        """Leave what is running, to be gone on with. Blocks until the case in hand is done; the event loop must run."""
+        """Leave what is running, to be gone on with. Blocks until the image in hand is done, or for a while where that
+        never ends: the end of the process does not wait for the thread. The event loop must run."""
         self._ending.set()
         self._wake.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(_END_S)
 
     @property
     def rows(self) -> Store:
@@ -156,16 +164,19 @@ class Jobs:
                 self._wait(_LOOK_S)
 
     def _mine(self) -> list[Job]:
-        """What is to be done of models, sources and kinds that are this server's, the next first."""
-        jobs, roots = [row.job for row in self.rows.unfinished()], self.config.batch_roots
+        """What is to be done of models, sources, keys and kinds that are this server's, the next first."""
+        rows, roots = self.rows.unfinished(), self.config.batch_roots
+        keys = {"", predict.key_mark()}
+        jobs = [row.job for row in rows if row.key in keys]
         return [job for job in jobs if job.kind in KINDS and predict.inside(job.source, roots)]
 
     def _next(self) -> list[Job]:
-        """The first of each model that is loaded; none while the device does not compute."""
+        """The first of each model that is loaded, but for those that are tried again later; none while the device does
+        not compute."""
         if not self.engine.computes:
             return []
         first: dict[str, Job] = {}
-        for job in self._mine():
+        for job in self._outages.over(self._mine()):
             if self.models.state()[job.model]["ready"]:
                 first.setdefault(job.model, job)
         return list(first.values())
@@ -190,7 +201,9 @@ class Jobs:
         self._see()
         if time.monotonic() > self._since + _GONE_S:
             for row in self.rows.unseen(_GONE_S):
-                self._finish(row.job, "failed", f"for a day no server has had {row.job.model} and the source for it")
+                key = " and the key of its pseudonyms" if row.key else ""
+                problem = f"for a day no server has had {row.job.model} and the source for it{key}"
+                self._finish(row.job, "failed", problem)
         self.rows.forget_older(86400 * self.config.batch_days)
         folders = [path for path in self.folder.iterdir() if path.is_dir()]  # before it is asked which are of a job:
         kept = self.rows.with_files()  # another server may make one at any time
@@ -203,21 +216,21 @@ class Jobs:
 
     def _work(self, row: Row) -> None:
         job = row.job
+        if row.starts > _TRIES and job.id not in self._outages:  # of those this server has seen the end
+            self._finish(job, "failed", f"the server ended {_TRIES} times while it was at this job")
+            return
         try:
-            if row.starts > _TRIES:
-                raise UserError(f"the server ended {_TRIES} times while it was at this job")
             self._answer(row)
+            self._finish(job, "succeeded")
         except _Left:
             self.rows.pause(job.id)
-        except (UserError, Problem) as error:
-            self._finish(job, "failed", error.detail if isinstance(error, Problem) else str(error))
-        except OSError as error:
-            self._finish(job, "failed", f"a file cannot be read or written: {error.strerror or type(error).__name__}")
         except Exception as error:
-            log.failed(error)
-            self._finish(job, "failed", "the server failed; its log says more")
-        else:
-            self._finish(job, "succeeded")
+            if self._ending.is_set():  # what it needs may have ended before it
+                self.rows.pause(job.id)
+            elif may_pass(error) and self._outages.note(job):
+                self.rows.pause(job.id, reason_of(error))
+            else:
+                self._finish(job, "failed", reason_of(error))
 
     def _finish(self, job: Job, state: State, problem: str | None = None) -> None:
         if self.rows.finish(job.id, state, problem):
@@ -225,9 +238,12 @@ class Jobs:
 
     def _answer(self, row: Row) -> None:
         job, roots, limits = row.job, self.config.batch_roots, self.config.limits
+        if row.key not in ("", predict.key_mark()):  # another server has begun it meanwhile
+            raise _Left
         live, work = self._live(row), KINDS[job.kind]
-        asked = work.cases_of(live, predict.allowed(job.source, roots), roots)
-        self.rows.begin(job.id, live.origin, len(asked.cases))
+        path = predict.present(job.source, roots)
+        asked = work.cases_of(live, path, roots, limits)
+        self.rows.begin(job.id, live.origin, len(asked.cases), predict.key_mark() if path.is_dir() else "")
         folder = self.folder / job.id
         folder.mkdir(exist_ok=True, mode=0o700)
         told, done = 0.0, 0
@@ -243,7 +259,8 @@ class Jobs:
             raise _Left
 
     def _live(self, row: Row) -> Live:
-        """The version that the job began with; the one in use for a job that has not begun. Raises UserError."""
+        """The version that the job began with; the one in use for a job that has not begun. Raises UserError, of which
+        Unreachable says nothing of the version."""
         served = self.models.served[row.job.model]
         if row.origin is None:
             return served.versions[CHAMPION]
@@ -254,8 +271,10 @@ class Jobs:
         if not row.origin.version:
             raise UserError(gone)
         try:
-            bundle = served.source.fetch(row.origin)
-            return load_live(row.job.model, bundle, row.origin, served.wanted.options, self.engine)
+            bundle = _fetched(served, row.origin)
+            return self._in_thread(load_live, row.job.model, bundle, row.origin, served.wanted.options, self.engine)
+        except Unreachable:
+            raise
         except UserError as error:
             raise UserError(f"{gone}: {error}") from None
 
@@ -281,14 +300,41 @@ class Jobs:
         return job is not None and job.state == "running"
 
     def _in_loop(self, work: Any) -> Any:
-        """Its result. Raises _Left where the device, which may hang, does not get to it."""
+        """Its result. Raises _Left as `_result` does."""
         assert self._loop is not None
-        asked = asyncio.run_coroutine_threadsafe(work, self._loop)
+        return self._result(asyncio.run_coroutine_threadsafe(work, self._loop))
+
+    def _in_thread(self, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of some work that waits for the device. Raises _Left as `_result` does."""
+        asked: Future[T] = Future()
+
+        def run() -> None:
+            asked.set_running_or_notify_cancel()
+            try:
+                asked.set_result(work(*arguments))
+            except BaseException as error:  # it is for whoever asked
+                asked.set_exception(error)
+
+        threading.Thread(target=run, name="load", daemon=True).start()
+        return self._result(asked)
+
+    def _result(self, asked: "Future[T]") -> T:
+        """Raises _Left where the device, which may hang, does not get to it: that is known, or the server ends."""
         while not wait([asked], _PATIENCE_S).done:
-            if not self.engine.computes:
+            if not self.engine.computes or self._ending.is_set():
                 asked.cancel()
                 raise _Left
         return asked.result()
+
+
+def _fetched(served: Served, origin: Origin) -> Bundle:
+    """Raises Unreachable where it cannot be had now, and another UserError where it is bad itself."""
+    try:
+        return served.source.fetch(origin)
+    except UserError:
+        raise
+    except Exception as error:  # of a store
+        raise Unreachable(f"{served.wanted.where} cannot be fetched now ({type(error).__name__})") from error
 
 
 def _what(served: Served, config: ServeConfig) -> str:

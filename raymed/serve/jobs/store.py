@@ -28,9 +28,9 @@ CREATE TABLE IF NOT EXISTS jobs (
     id TEXT PRIMARY KEY, owner TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, source TEXT NOT NULL,
     state TEXT NOT NULL, created REAL NOT NULL, started REAL, finished REAL, done INTEGER NOT NULL DEFAULT 0,
     total INTEGER, problem TEXT, origin TEXT, starts INTEGER NOT NULL DEFAULT 0,
-    served TEXT NOT NULL DEFAULT '', seen REAL NOT NULL DEFAULT 0
+    served TEXT NOT NULL DEFAULT '', seen REAL NOT NULL DEFAULT 0, key TEXT NOT NULL DEFAULT ''
 )"""
-_LATER = ("served TEXT NOT NULL DEFAULT ''", "seen REAL NOT NULL DEFAULT 0")
+_LATER = ("served TEXT NOT NULL DEFAULT ''", "seen REAL NOT NULL DEFAULT 0", "key TEXT NOT NULL DEFAULT ''")
 """Columns that a file of before does not have."""
 _WAIT_S = 10.0
 """For another process that writes."""
@@ -58,18 +58,19 @@ class Job(Described):
     started: datetime | None
     finished: datetime | None
     problem: str | None
-    """Why it failed."""
+    """Why it failed or, of one that runs, what it waits for."""
 
 
 @dataclass(frozen=True)
 class Row:
     """A job, and what only the server knows of it. origin: the version of the model that it began with; starts: how
-    often it was begun without getting any further."""
+    often it was begun without getting any further; key: mark of that of its pseudonyms, "" of a job without any."""
 
     job: Job
     owner: str
     origin: Origin | None
     starts: int
+    key: str
 
 
 class Store:
@@ -148,21 +149,24 @@ class Store:
         """Unfinished ones that no server could do for so long."""
         return self._rows(f"SELECT * FROM jobs WHERE state IN {UNFINISHED} AND seen < ?", (time.time() - seconds,))
 
-    def begin(self, number: str, origin: Origin, total: int) -> None:
+    def begin(self, number: str, origin: Origin, total: int, key: str = "") -> None:
         """Note what it is done with, and how much there is to do."""
-        self._change("UPDATE jobs SET origin = ?, total = ? WHERE id = ?", (json.dumps(asdict(origin)), total, number))
+        values = (json.dumps(asdict(origin)), total, key, number)
+        self._change("UPDATE jobs SET origin = ?, total = ?, key = ? WHERE id = ?", values)
 
     def progress(self, number: str, done: int) -> bool:
         """Note how far it is; False where it is no longer wanted."""
         return self._change(
-            "UPDATE jobs SET starts = CASE WHEN done < ? THEN 0 ELSE starts END, done = ? "
+            "UPDATE jobs SET starts = CASE WHEN done < ? THEN 0 ELSE starts END, done = ?, problem = NULL "
             "WHERE id = ? AND state = 'running'",
             (done, done, number),
         )
 
-    def pause(self, number: str) -> None:
-        """It is left, in order, to be gone on with later."""
-        self._change("UPDATE jobs SET starts = 0 WHERE id = ?", (number,))
+    def pause(self, number: str, problem: str | None = None) -> None:
+        """It is left, in order, to be gone on with later. problem: what it waits for."""
+        self._change(
+            f"UPDATE jobs SET starts = 0, problem = ? WHERE id = ? AND state IN {UNFINISHED}", (problem, number)
+        )
 
     def finish(self, number: str, state: State, problem: str | None = None) -> bool:
         """End an unfinished one; False where it has ended already."""
@@ -182,7 +186,8 @@ class Store:
     def with_files(self) -> set[str]:
         """Numbers of those that have files worth keeping."""
         with self._open() as rows:
-            return {number for (number,) in rows.execute("SELECT id FROM jobs WHERE state IN ('running', 'succeeded')")}
+            found = rows.execute("SELECT id FROM jobs WHERE state IN ('running', 'succeeded', 'failed')")
+            return {number for (number,) in found}
 
     def _change(self, statement: str, values: Sequence[Any]) -> bool:
         with self._open() as rows:
@@ -203,13 +208,13 @@ class Store:
 
 
 def _row(found: dict[str, Any]) -> Row:
-    owner, origin, starts = found.pop("owner"), found.pop("origin"), found.pop("starts")
+    owner, origin, starts, key = (found.pop(name) for name in ("owner", "origin", "starts", "key"))
     del found["served"], found["seen"]
     used = Origin(**json.loads(origin)) if origin else None
     times = {name: _time(found.pop(name)) for name in ("created", "started", "finished")}
     identity = {"version": used and used.version, "bundle": used and used.digest}
     job = Job.model_validate(found | times | identity)
-    return Row(job, owner, used, starts)
+    return Row(job, owner, used, starts, key)
 
 
 def _time(seconds: float | None) -> datetime | None:

@@ -11,11 +11,11 @@ names:
     application/json                              the answer, as :predict gives it
 
 ?results=report&results=overlay&results=segmentation chooses objects (report and overlay unless told otherwise),
-?before=SERIES/INSTANCE names an earlier report that the new one takes the place of; what else stands in the query are
-fields of the model. Instances that are no images, that this server made itself, or that the model was not made for,
-where there are others, are left out: a study holds more than a model is asked about. For one that cannot be read, or an
-image without its UIDs, the study is refused, since nobody would know that the answer is about the others alone; only
-application/dicom+json, which names it as not accepted, answers all the same.
+?before=SERIES/INSTANCE, once or more, names earlier reports that the new one takes the place of; what else stands in
+the query are fields of the model. Instances that are no images, that this server made itself, or that the model was
+not made for, where there are others, are left out: a study holds more than a model is asked about. For one that cannot
+be read, or an image without its UIDs, the study is refused, since nobody would know that the answer is about the others
+alone; only application/dicom+json, which names it as not accepted, answers all the same.
 """
 
 import asyncio
@@ -102,7 +102,8 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     accept = _accepted(request.headers.get("accept", ""))
     fields = plain_fields(request.query_params.multi_items())
     kinds = _kinds(fields.pop("results", list(KINDS[:2])))
-    before = str(fields.pop("before", ""))
+    before = [text for text in request.query_params.getlist("before") if text]
+    fields.pop("before", None)
     parts = await asyncio.to_thread(read_related, await request.body(), request.headers.get("content-type", ""))
     handler = service.models.get(name).handler
     instances = await asyncio.to_thread(_instances, parts, handler)
@@ -187,7 +188,9 @@ class _Results(Response):
         self.taken = taken
 
 
-def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str, notes: Sequence[str]) -> Response:
+def _results(
+    room: Room, answered: Answered, kinds: Sequence[Kind], before: Sequence[str], notes: Sequence[str]
+) -> Response:
     """Its pictures get half the room for pixels, or what the images leave of it, so that what fits by itself does not
     wait for ever."""
     for image in answered.images:
@@ -200,7 +203,8 @@ def _results(room: Room, answered: Answered, kinds: Sequence[Kind], before: str,
     images = sum(image.pixels.shape[0] * image.pixels.shape[1] for image in case.images)
     most = min(room.pixels // 2, room.pixels - images)
     with room.taken(min(most, pictures_size(case, kinds, regions))) as hold:
-        made = objects(case, kinds, regions, predecessor(case.first, before), most, notes)
+        replaced = [predecessor(case.first, each) for each in before]
+        made = objects(case, kinds, regions, replaced, most, notes)
         made.reverse()
         files = (to_bytes(made.pop()) for _ in range(len(made)))  # none stays in memory beside its file
         return _Results(files, hold(np.empty(0)))

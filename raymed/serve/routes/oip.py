@@ -28,7 +28,7 @@ from raymed.serve.described import Described
 from raymed.serve.handlers import Handler, Upload
 from raymed.serve.live import Live
 from raymed.serve.problems import OIP, OipError, Problem, busy, of_validation
-from raymed.serve.routes.predict import PATIENT, plain_fields
+from raymed.serve.routes.predict import PATIENT, no_constant, plain_fields
 from raymed.serve.service import Answer, Service
 from raymed.serve.tensor_forms import Form, input_forms, output_forms
 from raymed.serve.tensors import SIZE, TensorIn, TensorOut, content_of, read_tensors, text_of, written
@@ -42,6 +42,8 @@ _IMAGE_FORMS = "BYTES (N): files; or UINT8, UINT16 or FP32 (N, H, W), (N, H, W, 
 _BINARY = "binary_data_output"
 _HINTS = (_BINARY, "priority", "timeout")
 """Parameters of a request that are no fields of a model; only the first is heeded."""
+_VALUES, _OBJECTS = 2048 * 2048 + 100_000, 100_000
+"""Of a request in JSON: as many values as an image of 2048 x 2048 pixels has, which are numbers; objects cost more."""
 
 
 class OutputParameters(Described):
@@ -205,24 +207,22 @@ def _read(
 
 
 def _parsed(body: bytes, length: str | None) -> tuple[InferRequest, memoryview]:
-    """The JSON and what comes after it. Raises Problem (422)."""
+    """The JSON and what comes after it. Raises Problem (413, 422)."""
     end = len(body)
     if length is not None:
         if not (length.isascii() and length.isdigit() and len(length) < 16 and int(length) <= len(body)):
             detail = f"{HEADER_LENGTH}: the number of bytes of the JSON is expected"
             raise Problem(422, detail, field=HEADER_LENGTH)
         end = int(length)
+    if body.count(b",", 0, end) > _VALUES or body.count(b"{", 0, end) > _OBJECTS:
+        most = f"JSON of at most {_VALUES} values is expected, {_OBJECTS} of them objects"
+        raise Problem(413, f"{most}; pixels may come as binary data", field="body")
     try:
-        return InferRequest.model_validate(json.loads(body[:end], parse_constant=_refused)), memoryview(body)[end:]
+        return InferRequest.model_validate(json.loads(body[:end], parse_constant=no_constant)), memoryview(body)[end:]
     except ValidationError as error:
         raise of_validation(error.errors()) from None
     except (ValueError, RecursionError):
         raise Problem(422, 'JSON is expected, {"inputs": [...], ...}', field="body") from None
-
-
-def _refused(constant: str) -> Any:
-    """NaN and Infinity are no JSON."""
-    raise ValueError(constant)
 
 
 def _images(tensor: np.ndarray, datatype: str, service: Service) -> list[File | Upload]:

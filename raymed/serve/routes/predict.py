@@ -3,6 +3,7 @@
 curl --data-binary @case.png -H "Content-Type: image/png" HOST/v1/models/hsg:predict
 curl -F file=@early.dcm -F file=@late.dcm -F explain=gradcam HOST/v1/models/hsg:predict
 curl --json '{"files": ["BASE64"], "explain": "gradcam"}' HOST/v1/models/hsg:predict
+curl -d task=embed -d texts="a normal uterus" HOST/v1/models/pairs:predict
 """
 
 import base64
@@ -10,6 +11,7 @@ import json
 import re
 from collections.abc import Iterable
 from typing import Any
+from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Request, Response
 from python_multipart.multipart import parse_options_header
@@ -27,6 +29,8 @@ PATIENT = "X-Patient"
 """Header with whatever names the patient to the sender, so that he is always answered by one version; it is hashed."""
 FIELDS, FIELD_BYTES = 64, 2**18
 """Of a request: how many, and how long one may be."""
+_PLAIN_FORM, _PLAIN_BYTES = "application/x-www-form-urlencoded", 2**20
+"""What is escaped there is slow to read: JSON and multipart take more."""
 _VALUES = 100_000
 """Of a request in JSON, files included."""
 _NO_FILE = "a file is expected: as the body, or several as parts of multipart/form-data, or in base64 in JSON's files"
@@ -74,14 +78,17 @@ def about(service: Service, name: str) -> dict[str, Any]:
 
 
 async def read_request(request: Request, limits: Limits) -> tuple[list[File], dict[str, Any]]:
-    """Files and fields of a multipart, JSON or raw body. Raises Problem (413, 422)."""
+    """Files and fields of a multipart, plain form, JSON or raw body. Raises Problem (413, 422)."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     query = plain_fields(request.query_params.multi_items())
     if kind == "multipart/form-data":
         files, fields = await _of_form(request, limits)
     else:
         body = await request.body()
-        if kind == "application/json":
+        if kind == _PLAIN_FORM:
+            _check_charset(request, kind)
+            files, fields = await run_in_threadpool(_of_plain_form, body)
+        elif kind == "application/json":
             files, fields = await run_in_threadpool(_of_json, body)
         else:
             files, fields = ([File(body)] if body else []), {}
@@ -94,10 +101,14 @@ class _InMemory(MultiPartParser):
     spool_max_size = 2**62
 
 
-async def _of_form(request: Request, limits: Limits) -> tuple[list[File], dict[str, Any]]:
+def _check_charset(request: Request, kind: str) -> None:
     _, options = parse_options_header(request.headers.get("content-type", ""))
     if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # some decoders take for ever
-        raise Problem(422, "multipart/form-data in UTF-8 is expected", field="body")
+        raise Problem(422, f"{kind} in UTF-8 is expected", field="body")
+
+
+async def _of_form(request: Request, limits: Limits) -> tuple[list[File], dict[str, Any]]:
+    _check_charset(request, "multipart/form-data")
     parser = _InMemory(
         request.headers,
         request.stream(),  # type: ignore[arg-type]
@@ -117,11 +128,29 @@ async def _of_form(request: Request, limits: Limits) -> tuple[list[File], dict[s
     return files, plain_fields((name, value) for name, value in parts if isinstance(value, str))
 
 
+def _of_plain_form(body: bytes) -> tuple[list[File], dict[str, Any]]:
+    """Fields, as clients send them where there are no files; or an image, which curl --data-binary says is such a form
+    unless it is told otherwise: it has zeros, or bytes that are no UTF-8."""
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return [File(body)], {}
+    if "\0" in text:
+        return [File(body)], {}
+    if body.count(b"&") >= FIELDS or len(body) > _PLAIN_BYTES:
+        most = f"at most {FIELDS} fields, all of them {_PLAIN_BYTES // 1024} KiB,"
+        raise Problem(413, f"{_PLAIN_FORM} of {most} is expected", field="body")
+    try:
+        return [], plain_fields(parse_qsl(text, keep_blank_values=True, errors="strict"))
+    except ValueError:  # what is escaped is no UTF-8
+        raise Problem(422, f"{_PLAIN_FORM} in UTF-8 is expected", field="body") from None
+
+
 def _of_json(body: bytes) -> tuple[list[File], dict[str, Any]]:
     if body.count(b",") > _VALUES:
         raise Problem(413, f"JSON of at most {_VALUES} values is expected", field="body")
     try:
-        fields = json.loads(body, parse_constant=_refused)
+        fields = json.loads(body, parse_constant=no_constant)
         contents = fields.pop("files", [])
         if not isinstance(contents, list):
             raise TypeError
@@ -143,13 +172,13 @@ def _plain(text: str) -> Any:
     if text[:1] not in ("{", "["):
         return text
     try:
-        return json.loads(text, parse_constant=_refused)
+        return json.loads(text, parse_constant=no_constant)
     except (ValueError, RecursionError):
         return text
 
 
-def _refused(constant: str) -> Any:
-    """NaN and Infinity are no JSON."""
+def no_constant(constant: str) -> Any:
+    """For `json.loads`: NaN and Infinity are no JSON. Raises ValueError."""
     raise ValueError(constant)
 
 

@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 _PIXELS = (0x7FE00010, 0x7FE00001, 0x7FE00002)
 """Pixel Data and its Extended Offset Table."""
-_UNCOMPRESSED = ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1")
+_UNCOMPRESSED = ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2")
 _JPEG = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (50, 51, 57, 70, 80, 81))
 _JPEG_2000 = tuple(f"1.2.840.10008.1.2.4.{n}" for n in (90, 91))
 _RLE = "1.2.840.10008.1.2.5"
-TRANSFER_SYNTAXES = (*_UNCOMPRESSED, *_JPEG, *_JPEG_2000, _RLE)
-"""Little endian, JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000, run lengths."""
+TRANSFER_SYNTAXES = (*_UNCOMPRESSED, _RLE, *_JPEG, *_JPEG_2000)
+"""The preferred ones first: little endian, run lengths, JPEG baseline, extended and lossless, JPEG-LS, JPEG 2000."""
 _PHOTOMETRIC = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR", "RGB", "YBR_FULL", "YBR_FULL_422", "YBR_ICT", "YBR_RCT")
 _READS = 200_000
 """Of the parser in one object: three for each data element."""

@@ -19,6 +19,7 @@ from raymed.data.dataset import DataSet
 from raymed.report.summary import write_summary
 from raymed.storage import Mirror, address, local_folder, lock, resolve_storage, write_atomic
 from raymed.tasks.recipe import Recipe
+from raymed.telemetry import telemetry_off
 from raymed.tracking.outbox import Outbox
 from raymed.train.places.metrics import Shown
 from raymed.train.places.processes import as_launched, driving, follow, launched
@@ -356,8 +357,6 @@ def main(recipe: Callable[[], C], work: Callable[[C], Path]) -> None:
 
 def _exit_code(recipe: Callable[[], C], work: Callable[[C], Path]) -> int:
     import tyro
-
-    from raymed.tracking import telemetry_off
 
     telemetry_off()
     try:

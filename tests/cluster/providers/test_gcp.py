@@ -59,7 +59,7 @@ def test_machines_that_are_left_on_google_are_remembered(gcloud, monkeypatch):
     place = {"project": "ours", "zone": "europe-west4-a"}
     cluster = Cluster("gcp", facts={"file": "gcp.yaml", "place": place})
     state.save(cluster)
-    with pytest.raises(UserError, match="gcloud could not look for machines that are left .*No such file.*try again"):
+    with pytest.raises(UserError, match="gcloud could not look for the cluster's machines .*No such file.*try again"):
         gcp.down(cluster)
     assert state.load() == cluster, "nobody could look"
 
@@ -75,6 +75,22 @@ def test_machines_that_are_left_on_google_are_remembered(gcloud, monkeypatch):
 
     (gcloud / "left").write_text("")
     gcp.down(cluster)
+    assert state.load() is None
+
+
+def test_a_google_cluster_of_somebody_else_is_left_alone(gcloud, monkeypatch):
+    monkeypatch.setattr(gcp, "_project", lambda given: "ours")
+    monkeypatch.setattr(gcp, "find_spec", lambda name: True)
+    monkeypatch.setattr(launcher, "need", lambda *programs, by: None)
+    monkeypatch.setattr(launcher, "ray", lambda words: pytest.fail("nothing is started"))
+    (gcloud / "left").write_text("ray-raymed-head-1\n")
+    said = r"runs in project ours, zone europe-west4-a already \(ray-raymed-head-1\).* nothing was started: .*"
+    with pytest.raises(UserError, match=f"{said}instances delete ray-raymed-head-1 --project=ours --zone=europe-w"):
+        gcp.up(gcp.Config("bucket", "europe-west4-a"))
+    assert state.load() is None and not launcher.last("gcp")
+    (gcloud / "left").unlink()
+    with pytest.raises(UserError, match="gcloud could not look for the cluster's machines"):
+        gcp.up(gcp.Config("bucket", "europe-west4-a"))
     assert state.load() is None
 
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import yaml
+from nodes import free_port
 
 from raymed.cluster import state
 from raymed.cluster.providers import kuberay
+from raymed.cluster.providers.tunnels import close
 from raymed.config import UserError
 
 CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.io"
@@ -33,15 +35,16 @@ def own_state(tmp_path, monkeypatch):
 
 @pytest.fixture
 def kubernetes(tmp_path, monkeypatch):
-    """answers: path -> JSON; all else is 404. kubectl's current context leads to it."""
+    """answers: path -> JSON, with its status in "code"; all else is 404. kubectl's current context leads to it."""
     answers: dict[str, dict] = {}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             path = self.path.split("?")[0]
             missing = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404}
-            body = json.dumps(answers.get(path, missing | {"message": f"{path} not found"})).encode()
-            self.send_response(200 if path in answers else 404)
+            answer = answers.get(path, missing | {"message": f"{path} not found"})
+            body = json.dumps(answer).encode()
+            self.send_response(answer.get("code", 200))
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -79,6 +82,11 @@ def definition(**options: object) -> dict:
 
 def config(**changes: Any) -> kuberay.Config:
     return kuberay.Config(**{"storage": "s3://bucket/prefix", **changes})
+
+
+def written(given: kuberay.Config, kept: dict[str, str]) -> Path:
+    """The folder of a first `up`."""
+    return kuberay.written(given, kuberay._lasting(given, None), kept)
 
 
 def test_a_kubernetes_that_does_not_answer(tmp_path, monkeypatch):
@@ -150,9 +158,96 @@ def test_secrets_of_the_namespace_stay(kubernetes):
     kubernetes["/api/v1/namespaces/raymed/secrets/raymed"] = {"data": {"RAYMED_SERVE_TOKEN": "c2VydmU="}}
     kept = kuberay._kept(["kubectl"], "raymed")
     assert kept == {"auth_token": "token", "RAYMED_SERVE_TOKEN": "serve"}
-    folder = kuberay.written(config(), kept)
+    folder = written(config(), kept)
     assert (folder / "ray.token").read_text() == "token"
     assert "RAYMED_SERVE_TOKEN=serve\n" in (folder / "secret.env").read_text()
+
+
+def secret(**values: str) -> dict:
+    """As Kubernetes has it."""
+    return {"data": {name: base64.b64encode(value.encode()).decode() for name, value in values.items()}}
+
+
+def applied(folder: Path) -> tuple[dict[str, str], list[str], str]:
+    """(the secret of all pods, worker groups, image of the head), as kubectl would apply them."""
+    things = list(yaml.safe_load_all(kustomized(folder)))
+    [data] = [t["data"] for t in things if t["kind"] == "Secret" and t["metadata"]["name"] == "raymed"]
+    [cluster] = [t["spec"] for t in things if t["kind"] == "RayCluster"]
+    [head] = cluster["headGroupSpec"]["template"]["spec"]["containers"]
+    groups = [group["groupName"] for group in cluster["workerGroupSpecs"]]
+    return {name: base64.b64decode(value).decode() for name, value in data.items()}, groups, head["image"]
+
+
+def test_an_up_without_flags_changes_nothing(kubernetes, tmp_path):
+    """What is applied takes the place of the whole secret, and of all worker groups."""
+    kubernetes[CRD] = definition(secretName={})
+    (tmp_path / "keys").write_text("AWS_ACCESS_KEY_ID=ours\nAWS_SECRET_ACCESS_KEY=a=b\n")
+    (tmp_path / "none").write_text("# no key\n")
+    there = "/api/v1/namespaces/raymed/secrets/raymed"
+
+    def up(**flags: Any) -> tuple[dict[str, str], list[str], str]:
+        with pytest.raises(UserError, match="`kubectl create` failed"):  # all is written, and remembered, before
+            kuberay.up(config(**flags))
+        found = applied(Path(state.required().facts["folder"]))
+        kubernetes[there] = secret(**found[0])
+        return found
+
+    first = up(secrets=tmp_path / "keys", size="large", image="registry.example/raymed:7")
+    assert first[0]["AWS_SECRET_ACCESS_KEY"] == "a=b" and first[1:] == (["gpu", "gpu8"], "registry.example/raymed:7")
+    assert up() == first
+    keyless, groups, image = up(size="small", secrets=tmp_path / "none")
+    assert keyless == {name: value for name, value in first[0].items() if not name.startswith("AWS_")}
+    assert (groups, image) == (["cpu"], first[2])
+
+
+def test_secrets_that_cannot_be_read_are_not_replaced(kubernetes):
+    kubernetes[CRD] = definition(secretName={})
+    kubernetes["/api/v1/namespaces/raymed/secrets/raymed"] = {
+        "kind": "Status",
+        "apiVersion": "v1",
+        "status": "Failure",
+        "reason": "Forbidden",
+        "code": 403,
+        "message": "no",
+    }
+    with pytest.raises(UserError, match="cannot read the secret raymed of namespace raymed: .*Forbidden"):
+        kuberay.up(config())
+    assert state.load() is None
+
+
+def test_status_opens_the_ways_again(tmp_path, monkeypatch):
+    """Without an `up`; a kubectl of this test stands for the cluster's."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "kubectl").write_text(KUBECTL.format(python=sys.executable))
+    (programs / "kubectl").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    ports = {"dashboard": free_port(), "mlflow": free_port()}
+    addresses = {name: f"http://127.0.0.1:{port}" for name, port in ports.items()}
+    cluster = state.Cluster("kuberay", addresses, facts={"kubectl": ["kubectl"], "tunnels": ports})
+    state.save(cluster)
+    try:
+        lines = {line.name: line for line in kuberay.status(cluster)}
+        assert lines["way to dashboard"].is_up and lines["way to dashboard"].detail == addresses["dashboard"]
+        assert not lines["way to mlflow"].is_up and "no pod of mlflow" in lines["way to mlflow"].detail
+        opened = [process for process in state.required().processes if process.name == "dashboard"]
+        assert kuberay.status(state.required())[2].is_up
+        assert [process for process in state.required().processes if process.name == "dashboard"] == opened
+    finally:
+        close(state.required())
+
+
+KUBECTL = """#!{python}
+import json, socket, sys
+if sys.argv[1] == "get":
+    print(json.dumps({{"status": {{}}}}))
+elif "service/mlflow" in sys.argv:
+    sys.exit("error: no pod of mlflow")
+else:
+    with socket.create_server(("127.0.0.1", int(sys.argv[-1].split(":")[0]))) as way:
+        while True:
+            way.accept()[0].close()
+"""
 
 
 def kustomized(folder: Path) -> str:
@@ -167,7 +262,7 @@ def kustomized(folder: Path) -> str:
 )
 def test_a_job_and_a_service_of_their_own_have_the_image_and_namespace_of_this_up(name, kind, cluster):
     given = config(image="registry.example:5000/raymed:7", namespace="other")
-    text = kustomized(kuberay.written(given, {}) / name)
+    text = kustomized(written(given, {}) / name)
     [thing] = yaml.safe_load_all(text)
     assert (thing["kind"], thing["metadata"]["namespace"]) == (kind, "other")
     groups = [thing["spec"][cluster]["headGroupSpec"], *thing["spec"][cluster]["workerGroupSpecs"]]
@@ -182,7 +277,7 @@ def test_what_is_applied(size, tmp_path):
     )
     (tmp_path / "keys").write_text(keys)
     given = config(size=size, image="registry.example:5000/raymed:7", secrets=tmp_path / "keys", namespace="other")
-    folder = kuberay.written(given, {})
+    folder = written(given, {})
     assert folder.stat().st_mode & 0o777 == 0o700
     assert all(path.stat().st_mode & 0o777 == 0o600 for path in folder.rglob("*") if path.is_file())
     text = kustomized(folder)
@@ -207,10 +302,10 @@ def test_what_is_applied(size, tmp_path):
 def test_a_file_of_secrets_that_is_none_is_not_told(tmp_path):
     (tmp_path / "keys").write_text("NAME=value\nmy-very-secret\n")
     with pytest.raises(UserError, match="line 2") as error:
-        kuberay.written(config(secrets=tmp_path / "keys"), {})
+        written(config(secrets=tmp_path / "keys"), {})
     assert "my-very-secret" not in str(error.value)
     with pytest.raises(UserError, match="cannot be read"):
-        kuberay.written(config(secrets=tmp_path / "none"), {})
+        written(config(secrets=tmp_path / "none"), {})
 
 
 def test_how_parts_are_told_of():

@@ -191,6 +191,77 @@ def _start(content: dict, kind: str) -> None:
     provider.create_node(ready["available_node_types"][kind]["node_config"], told, 1)
 
 
+def test_a_cluster_of_somebody_else_is_left_alone(account, file, monkeypatch):
+    """Ray's launcher would take its head, which has another key, for one that is out of date, and end it."""
+    monkeypatch.setattr(launcher, "ray", lambda words: pytest.fail("nothing is started"))
+    tags = [{"ResourceType": "instance", "Tags": [{"Key": "ray-cluster-name", "Value": "raymed"}]}]
+    ec2 = account.client("ec2")
+    [head] = ec2.run_instances(ImageId=IMAGE, MinCount=1, MaxCount=1, TagSpecifications=tags)["Instances"]
+    machine = head["InstanceId"]
+    said = rf"runs in account \d+, region {REGION} already \({machine}\).* nothing was started: .*"
+    with pytest.raises(UserError, match=f"{said}terminate-instances --region {REGION} --instance-ids {machine}"):
+        aws.up(aws.Config("s3://bucket/raymed", REGION, file=file))
+    assert state.load() is None and not launcher.last("aws")
+
+
+def test_what_was_looked_up_for_a_cluster_stays(account, file):
+    """Ray ends a head of another image or of other subnets, and workers too."""
+    content = yaml.safe_load(file.read_text())
+    content["available_node_types"]["head"]["node_config"]["ImageId"] = "resolve:ssm:/image"
+    file.write_text(yaml.safe_dump(content))
+    launch = aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file))
+
+    def head(image: str) -> dict:
+        account.client("ssm").put_parameter(Name="/image", Value=image, Type="String", Overwrite=True)
+        return yaml.safe_load(launcher.written(launch).read_text())["available_node_types"]["head"]["node_config"]
+
+    first = head("ami-1")
+    assert first["ImageId"] == "ami-1"
+    state.save(Cluster("aws"))
+    network = account.client("ec2").describe_vpcs()["Vpcs"][0]["VpcId"]
+    account.client("ec2").create_subnet(VpcId=network, CidrBlock="172.31.240.0/24", AvailabilityZone=f"{REGION}a")
+    launch = aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file))
+    assert head("ami-2") == first
+    state.forget()
+    now = head("ami-2")
+    assert now["ImageId"] == "ami-2" and len(now["SubnetIds"]) == len(first["SubnetIds"]) + 1
+
+
+def test_the_key_that_was_made_for_a_cluster_goes_with_it(account, file, monkeypatch):
+    from ray.autoscaler._private.aws.config import bootstrap_aws
+    from ray.autoscaler._private.util import prepare_config
+
+    def keys() -> list[str]:
+        return [pair["KeyName"] for pair in account.client("ec2").describe_key_pairs()["KeyPairs"]]
+
+    monkeypatch.setattr(launcher, "ray", lambda words: 0)
+    account.client("ec2").create_key_pair(KeyName="colleague")
+    launch = aws.prepare(aws.Config("s3://bucket/raymed", REGION, file=file))
+    path = launcher.written(launch)
+    cluster = Cluster("aws", environment={"AWS_DEFAULT_REGION": REGION}, facts={"file": str(path)})
+    state.save(cluster)
+    content = launcher.last("aws")
+    made = Path(bootstrap_aws(prepare_config(content))["auth"]["ssh_private_key"])
+    assert made.is_file() and sorted(keys()) == ["colleague", made.stem]
+    assert yaml.safe_load(launcher.written(launch).read_text()) == content, "it stays while the cluster is remembered"
+    aws.down(cluster)
+    assert keys() == ["colleague"] and not made.exists() and state.load() is None
+
+
+def test_a_key_of_the_users_own_stays(account):
+    content = {"provider": {"key_pair": {"key_name": "raymed-team"}}, "auth": {}}
+    aws._name_key(content)
+    assert content["provider"]["key_pair"] == {"key_name": "raymed-team"}
+    account.client("ec2").create_key_pair(KeyName="raymed-team")
+    state.save(Cluster("aws"))
+    (state.folder() / "aws.yaml").write_text(yaml.safe_dump(content))
+    aws._remove_key(account)
+    assert account.client("ec2").describe_key_pairs()["KeyPairs"]
+    (state.folder() / "aws.yaml").write_text("provider: {type: aws}")
+    aws._name_key(content)
+    assert content["provider"]["key_pair"] == {"key_name": "raymed-team"}
+
+
 @pytest.mark.slow
 def test_an_up_that_fails_is_remembered_and_taken_down(account, file):
     """Ray's launcher itself, on a type of machine that AWS does not have."""
@@ -255,32 +326,6 @@ def test_another_account_does_not_end_it(account, monkeypatch):
     assert state.load() is None and [words[0] for words in asked] == ["exec", "down"]
 
 
-@pytest.fixture
-def template(tmp_path):
-    path = tmp_path / "template.yaml"
-    path.write_text((launcher.PROJECT / "cluster" / "gcp.yaml").read_text())
-    return path
-
-
-def on_google(template: Path, project: str = "ours", zone: str = "europe-west4-a") -> launcher.Launch:
-    values = {"google_project": project, "region": zone[:-2], "zone": zone}
-    return launcher.Launch("gcp", template, values, {"RAYMED_HOME": "/mnt"}, {"project": project, "zone": zone})
-
-
-def test_a_cluster_elsewhere_is_another_one(template, monkeypatch):
-    """The first one would be forgotten, and go on costing."""
-    monkeypatch.setattr(launcher, "ray", lambda words: 0)
-    monkeypatch.setattr(launcher, "opened", lambda cluster, tunnels: cluster)
-    first = launcher.up(on_google(template))
-    written = Path(first.facts["file"]).read_text()
-    with pytest.raises(UserError, match="in zone 'europe-west4-a', not in zone 'us-east1-b': .* down first"):
-        launcher.up(on_google(template, zone="us-east1-b"))
-    with pytest.raises(UserError, match="in project 'ours', not in project 'theirs'"):
-        launcher.up(on_google(template, project="theirs"))
-    assert state.load() == first and Path(first.facts["file"]).read_text() == written
-    assert launcher.up(on_google(template)) == first, "there it is brought up to date"
-
-
 SECRETS = ("cluster/docker/.env", "cluster/docker/.env.old", "watch/serve.token", "monday/mlflow.db", "scans/1.dcm")
 SECRETS += (".env", ".git-credentials", "raymed/.env", "raymed/tasks/ours/a.png", "raymed/tasks/bundle.key")
 CODE = ("LICENSE", "README.md", "cluster/node.sh", "pyproject.toml", "raymed/__init__.py", "raymed/serve/page/app.js")
@@ -302,8 +347,8 @@ def project(tmp_path, monkeypatch):
     return folder
 
 
-def test_machines_get_code_alone(template, project):
-    content = yaml.safe_load(launcher.written(on_google(template)).read_text())
+def test_machines_get_code_alone(on_google, project):
+    content = yaml.safe_load(launcher.written(on_google()).read_text())
     copy = Path(content["file_mounts"]["~/raymed"])
     assert copy.is_relative_to(state.folder())
     assert sorted(str(path.relative_to(copy)) for path in copy.rglob("*") if not path.is_dir()) == sorted(CODE)
@@ -311,14 +356,8 @@ def test_machines_get_code_alone(template, project):
 
     (project / "raymed" / "__init__.py").unlink()
     (project / "raymed" / "new.py").touch()
-    launcher.written(on_google(template))
+    launcher.written(on_google())
     assert (copy / "raymed" / "new.py").is_file() and not (copy / "raymed" / "__init__.py").exists()
-
-
-def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path):
-    cluster = Cluster("aws", facts={"file": str(tmp_path / "none.yaml"), "tunnels": {"dashboard": 9, "mlflow": 19}})
-    lines = launcher.status(cluster)
-    assert [line.is_up for line in lines] == [False] * 3 and "the tunnel is closed" in lines[1].detail
 
 
 def test_the_autoscalers_log_says_why_no_worker_comes(tmp_path, monkeypatch):
@@ -333,7 +372,7 @@ def test_the_autoscalers_log_says_why_no_worker_comes(tmp_path, monkeypatch):
     )
     (tmp_path / "exec").chmod(0o755)
     monkeypatch.setattr(launcher, "_ray", lambda: str(tmp_path / "exec"))
-    told = dict(launcher.logs(Cluster("aws", facts={"file": "aws.yaml"})))["autoscaler"]
+    told = launcher.logs(Cluster("aws", facts={"file": "aws.yaml"}))["autoscaler"]()
     assert "InsufficientInstanceCapacity" in told and "no route to pypi.org" in told
     assert told.count("old") == 39
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import pytest
 
 from raymed.cluster import state
+from raymed.cluster.logs import logs
 from raymed.cluster.providers import onprem, onprem_host, ssh
 from raymed.config import UserError
 
@@ -27,6 +28,9 @@ class Hosts:
         self.unreachable: set[str] = set()
         self.bad_keys: set[str] = set()
         self.unreadable: set[str] = set()
+        self.projects: dict[str, str] = {}
+        """What was installed on hosts."""
+        self.installed: list[str] = []
 
     def run(self, host: ssh.Host, script: str, data: bytes = b"", seconds: float = 0.0) -> str:
         name = self.names.get(host.name, host.name)
@@ -37,8 +41,14 @@ class Hosts:
             return "\n".join(f"{name}={value}" for name, value in self.found(name).items())
         if "SSH_CONNECTION" in script:
             return f"{name}\n"
+        if "journalctl" in script:
+            return f"{name} wrote as {script.rpartition('--unit=')[2].rstrip(chr(39))}"
         if "[ -r" in script:
             return "AWS_CA_BUNDLE=/etc/house.pem\n" if name in self.unreadable else ""
+        if "-m pip install" in script:
+            self.projects[name] = script.rpartition("echo ")[2].split()[0]
+            self.installed.append(name)
+            return ""
         if "systemd-run" in script:
             environment = data.decode() or files["raymed/environment"]
             if any(f'"{key}"' in environment for key in self.bad_keys):
@@ -52,14 +62,15 @@ class Hosts:
             self.stopped.append(name)
             assert 0 < script.index("systemctl stop") < script.index("systemctl start")
         elif "is-active" in script:
-            return "\n".join(f"{service} active" for service in self.services(name))
+            return "\n".join(f"{service} active" for service in sorted(self.services(name)))
         return ""
 
     def found(self, name: str) -> Mapping[str, object]:
         mark, owner = (*self.etc[name].get("raymed/cluster", "").splitlines(), "", "")[:2]
         versions = json.dumps({**onprem_host.own_versions(), "flask-wtf": "1"})
         machine = {"system": "Linux", "systemd": "yes", "root": "yes", "user": "root", "uid": 0, "gid": 0}
-        return machine | {"address": name, "mark": mark, "owner": owner, "versions": versions}
+        own = {"mark": mark, "owner": owner, "versions": versions, "project": self.projects.get(name, "")}
+        return machine | {"address": name} | own
 
     def services(self, name: str) -> set[str]:
         units = {path.rpartition("/")[2] for path in self.etc.get(name, {})}
@@ -189,6 +200,25 @@ def test_a_host_that_was_left_out_while_it_could_not_be_reached_is_ended_later(h
     assert "b" not in {line.name for line in onprem.status(state.required())}
 
 
+def test_what_status_names_has_a_log_also_where_the_head_is_down(hosts, monkeypatch, capsys):
+    """One host cannot be reached, and is called as jobs are."""
+    cluster = up("me@a", "me@ws-100234")
+    hosts.unreachable = {"me@ws-100234"}
+
+    def no_way(_: state.Cluster) -> state.Cluster:
+        raise UserError("no way to the dashboard")
+
+    monkeypatch.setattr(onprem, "_through_tunnels", no_way)
+    shown = [line.name for line in onprem.status(cluster)]
+    assert shown == ["raymed-head@me@a", "raymed-mlflow@me@a", "me@ws-100234", "dashboard", "mlflow"]
+    capsys.readouterr()
+    assert [logs(cluster, name) for name in (*shown[:3], "mlflow")] == [0] * 4
+    of_mlflow, unreachable = "me@a wrote as raymed-mlflow", "me@ws-100234: cannot be reached"
+    assert capsys.readouterr().out.splitlines() == ["me@a wrote as raymed-head", of_mlflow, unreachable, of_mlflow]
+    with pytest.raises(UserError, match="no way to the dashboard\nparts .*: .*, raymed-worker@me@ws-100234$"):
+        logs(cluster, "dashboard")
+
+
 def test_another_node_takes_the_place_of_none_that_is_awaited(hosts, monkeypatch):
     """One that was left out joins by itself before it can be ended."""
     up("a", "b")
@@ -278,3 +308,25 @@ def test_hosts_that_were_left_go_on_until_the_storage_is_good(hosts, monkeypatch
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "good")
     up("a", "c")
     assert hosts.ended == ["b"] and state.required().facts["left"] == []
+
+
+def test_new_code_is_installed_on_every_host_and_services_start_with_it(hosts, monkeypatch, capsys):
+    """The version's number stays what it is. A host that has this code is left as it is."""
+    project = onprem_host.Project(b"", "first")
+    monkeypatch.setattr(onprem_host, "project", lambda: project)
+
+    def changed(*names: str, **flags) -> tuple[list[str], list[str]]:
+        hosts.installed, hosts.stopped = [], []
+        up(*names, **flags)
+        return sorted(hosts.installed), sorted(hosts.stopped)
+
+    assert changed("a", "b") == ([], ["a", "b"]), "somebody else has installed it"
+    assert changed("a", "b", install=True) == (["a", "b"], ["a", "b"])
+    assert changed("a", "b", install=True) == changed("a", "b") == ([], [])
+    assert changed("a", "b", "c", install=True) == (["c"], ["c"])
+    project = onprem_host.Project(b"", "second")
+    assert changed("a", "b", "c") == ([], [])
+    capsys.readouterr()
+    assert changed("a", "b", "c", install=True) == (["a", "b", "c"], ["a", "b", "c"])
+    assert capsys.readouterr().out.count("what its services start with has changed") == 3
+    assert changed("a", "b", "c") == ([], [])

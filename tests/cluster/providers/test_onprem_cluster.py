@@ -93,7 +93,7 @@ def test_it_is_up(hosts, cluster):
     assert nodes(cluster) == all_nodes(hosts)
     services = {line.name for line in onprem.status(cluster) if line.name.startswith("raymed-")}
     head, worker = hosts.address("alpha"), hosts.address("beta")
-    assert services == {f"raymed-{s} {head}" for s in ("head", "mlflow", "worker")} | {f"raymed-worker {worker}"}
+    assert services == {f"raymed-{s}@{head}" for s in ("head", "mlflow", "worker")} | {f"raymed-worker@{worker}"}
 
 
 def test_a_head_that_a_host_cannot_reach(hosts, config, cluster):
@@ -147,9 +147,9 @@ def test_what_is_up_is_left_as_it_is(hosts, config, cluster):
 
 
 def test_logs_are_in_the_journal(hosts, cluster):
-    logs = dict(onprem.logs(cluster))
-    assert "Ray runtime started" in logs[f"raymed-head {hosts.address('alpha')}"]
-    assert logs[f"raymed-worker {hosts.address('beta')}"]
+    logs = onprem.logs(cluster)
+    assert "Ray runtime started" in logs[f"raymed-head@{hosts.address('alpha')}"]()
+    assert logs[f"raymed-worker@{hosts.address('beta')}"]()
 
 
 def test_a_worker_that_crashed_comes_back(hosts, cluster):

@@ -9,7 +9,7 @@ import unicodedata
 import pytest
 
 from raymed.config import UserError
-from raymed.data.intake.pseudonyms import Pseudonyms, load_key, open_vault, private_write, vault_of
+from raymed.data.intake.pseudonyms import Pseudonyms, load_key, open_vault, vault_of
 
 KEY = bytes(range(32))
 
@@ -101,8 +101,3 @@ def test_a_vault_needs_its_own_key(tmp_path):
     path = tmp_path / "my.key"
     vault_of(path, load_key(path)).add({"P-AAAAAAAA": ["1"]})
     assert "belongs to another key" in message(vault_of(path, KEY).whois, "P-AAAAAAAA")
-
-
-def test_private_files(tmp_path):
-    private_write(tmp_path / "a" / "b.csv", "x")
-    assert mode(tmp_path / "a" / "b.csv") == 0o600 and (tmp_path / "a" / "b.csv").read_text() == "x"

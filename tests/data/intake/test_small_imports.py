@@ -14,8 +14,9 @@ from PIL import Image
 
 from raymed.config import UserError
 from raymed.data import DataConfig, load
-from raymed.data.intake import ImportConfig, SheetColumns, import_data, importer, pictures, pseudonyms
+from raymed.data.intake import ImportConfig, SheetColumns, import_data, importer, pictures
 from raymed.data.readers import read
+from raymed.storage import paths
 
 
 def manifest_of(report):
@@ -135,10 +136,10 @@ def test_paths_of_pictures_that_name_patients_need_copies_too(small, name, tmp_p
 def test_a_full_disk_is_told(small, monkeypatch):
     config = small("key,label\na,sick\nb,well\n", ["a.png", "b.png"])
 
-    def full(path, data):
+    def full(path, data, mode=None):
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    for module in (pictures, pseudonyms, importer):
+    for module in (pictures, paths, importer):
         with monkeypatch.context() as patch:
             patch.setattr(module, "write_atomic", full)
             with pytest.raises(UserError, match="the disk of .* is full: make room; the same command goes on"):

@@ -1,0 +1,96 @@
+"""What `up onprem --install` brings to hosts: this project as it is, by scripts that a shell of this machine runs."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from raymed.cluster.providers import onprem_host, ssh
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch) -> Path:
+    """A project of little code, which is what goes to hosts."""
+    folder = tmp_path / "project"
+    (folder / "raymed" / "page").mkdir(parents=True)
+    files = {"raymed/__init__.py": "", "raymed/page/page.js": "1", "pyproject.toml": "requires = []", "README.md": "x"}
+    for name, text in {**files, "LICENSE": "free", ".gitignore": "*.pyc", ".rayignore": ""}.items():
+        (folder / name).write_text(text)
+    monkeypatch.setattr(onprem_host, "PROJECT", folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "is_other"),
+    [
+        ("raymed/__init__.py", True),
+        ("raymed/new.py", True),
+        ("raymed/page/page.js", True),
+        ("pyproject.toml", True),
+        ("README.md", False),
+        ("raymed/__init__.pyc", False),
+    ],
+)
+def test_code_and_requirements_make_another_project(name, is_other, project):
+    before = onprem_host.project().digest
+    assert onprem_host.project().digest == before
+    (project / name).write_text("changed")
+    assert (onprem_host.project().digest != before) is is_other
+
+
+# A Python that tells the right versions, and whose pip keeps what it is to install, unless there is a file `broken`.
+PYTHON = """#!/bin/sh
+home=$(dirname "$0")/..
+if [ "$1" = -c ]; then cat "$home/versions"; exit; fi
+for last; do :; done
+rm -rf "$home/kept"; cp -r "${last%\\[all\\]}" "$home/kept"
+[ ! -e "$home/broken" ]
+"""
+
+
+@pytest.fixture
+def this_machine(tmp_path, monkeypatch) -> Path:
+    """The virtual environment of a host whose scripts a shell of this machine runs."""
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    python.write_text(PYTHON)
+    python.chmod(0o755)
+    (tmp_path / "venv" / "versions").write_text(json.dumps({**onprem_host.own_versions(), "flask-wtf": "1"}))
+
+    def run(host: ssh.Host, script: str, data: bytes = b"", seconds: float = 0.0) -> str:
+        done = subprocess.run(["sh", "-c", script], input=data, capture_output=True)
+        if done.returncode:
+            raise ssh.Failed(done.stderr.decode())
+        return done.stdout.decode() + ("systemd=yes\nroot=yes\n" if "uname" in script else "")
+
+    monkeypatch.setattr(ssh.Host, "run", run)
+    monkeypatch.setattr(onprem_host, "as_root", lambda host, script, data=b"", **how: host.run(script, data))
+    return tmp_path / "venv"
+
+
+def test_a_host_remembers_which_project_it_got(this_machine, project):
+    """Where pip has failed, none: it is installed again."""
+    venv, host = str(this_machine), ssh.Host("a")
+
+    def install() -> None:
+        onprem_host.install(onprem_host.survey(host, venv), venv, "sh", None, onprem_host.project())
+
+    def has_it() -> bool:
+        return onprem_host.has_installed(onprem_host.survey(host, venv), venv, onprem_host.project())
+
+    assert not has_it()
+    install()
+    assert has_it() and (this_machine / "kept" / "raymed" / "page" / "page.js").read_text() == "1"
+    (project / "raymed" / "new.py").touch()
+    assert not has_it()
+    install()
+    assert has_it() and (this_machine / "kept" / "raymed" / "new.py").is_file()
+    (this_machine / "broken").touch()
+    with pytest.raises(ssh.Failed):
+        install()
+    assert not has_it()
+    (this_machine / "broken").unlink()
+    install()
+    (this_machine / "versions").write_text(json.dumps({**onprem_host.own_versions(), "ray": "2.1.0"}))
+    assert not has_it(), "somebody has changed it since"
