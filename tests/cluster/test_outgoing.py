@@ -50,7 +50,7 @@ def test_a_pattern_more_in_rayignore_holds_for_all(project, monkeypatch):
         monkeypatch.setattr(module, "PROJECT", project)
     cloud = launcher._copied(project / "copy")
     on_node = {path.relative_to(cloud).as_posix() for path in cloud.rglob("*") if path.is_file()}
-    with tarfile.open(fileobj=io.BytesIO(onprem_host._project())) as tar:
+    with tarfile.open(fileobj=io.BytesIO(onprem_host.project().archive)) as tar:
         on_host = {entry.name for entry in tar if entry.isfile()}
     with tarfile.open(offline._archive(project, project / "scans", "7.8")) as tar:
         packed = {entry.name.removeprefix("raymed-7.8/") for entry in tar if entry.isfile()}
@@ -67,7 +67,7 @@ def test_without_ray_or_ignore_files_nothing_goes(project, monkeypatch):
         outgoing.files(project, ["raymed"])
 
 
-@pytest.mark.parametrize("names", [launcher._OF_PROJECT, onprem_host._OF_PROJECT, offline.PROJECT])
+@pytest.mark.parametrize("names", [launcher._OF_PROJECT, (*onprem_host._CODE, *onprem_host._TEXTS), offline.PROJECT])
 def test_all_that_git_has_and_nothing_that_it_ignores(names):
     found = outgoing.files(REPO, names)
     git = ["git", "-C", str(REPO)]

@@ -273,7 +273,7 @@ def test_who_asks_too_much_at_once_waits(guarded, png):
 
 
 def test_who_fills_his_part_of_the_queue_waits_and_others_do_not(guarded, png):
-    client, pacs, ward = guarded(**{"limits.queue": 36})
+    client, pacs, ward = guarded(**{"limits.queue": 64})
     engine, go = client.app.state.service.engine, threading.Event()
     engine._thread.submit(go.wait, 20)
     found: dict[str, int] = {}

@@ -92,7 +92,7 @@ def refusal(client, folder, ds) -> Dataset:
     endpoint, about = Endpoint("http://127.0.0.1:9", "hsg"), client.get("/v1/models/hsg")
     endpoint._send = lambda *_, **__: about
     (folder / "image.dcm").write_bytes(content(ds))
-    return pydicom.dcmread(io.BytesIO(endpoint._refusal([folder / "image.dcm"], "it is odd", "")))
+    return pydicom.dcmread(io.BytesIO(endpoint._refused([folder / "image.dcm"], "it is odd", "", "")))
 
 
 @pytest.mark.parametrize("keyword", UIDS)

@@ -23,6 +23,7 @@ def test_a_run_says_it_then_the_cluster(monkeypatch):
 def test_a_training_waits_as_long_as_its_config_says_and_names_the_flag(monkeypatch):
     monkeypatch.setenv("RAYMED_NODE_PATIENCE", "600")
     monkeypatch.setattr(room, "_largest", lambda *_: None)
+    monkeypatch.setattr(room, "_there", lambda _: 1)
     monkeypatch.setattr(room, "place", lambda *_: nullcontext(SimpleNamespace(wait=lambda _: False)))
     unit = SimpleNamespace(result=lambda: None, compute=Compute(workers=2, node_patience=0))
     seen = SimpleNamespace(shortage=lambda *_: "this needs 2 x 1 CPU")
