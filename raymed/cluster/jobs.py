@@ -32,8 +32,7 @@ _AGAIN_SECONDS = 1.0
 def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
     """Within: a client of the cluster's dashboard. Raises UserError where nothing answers, the token is refused or the
     dashboard cannot do what it is asked."""
-    settle(cluster)
-    with providers.provider(cluster.provider).reached(cluster) as url:
+    with settled(cluster), providers.provider(cluster.provider).reached(cluster) as url:
         _past_proxies(url)
         check_answers(url)
         import logging
@@ -63,13 +62,21 @@ def _reason(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def settle(cluster: Cluster) -> None:
-    """This process talks to Ray with the cluster's settings, none of the user's own; Ray reads them when imported."""
+@contextmanager
+def settled(cluster: Cluster) -> Iterator[None]:
+    """Within, this process talks to Ray with the cluster's settings, none of the user's own; Ray reads some of them
+    when it is first imported."""
+    before = dict(os.environ)
     for name in [name for name in os.environ if name.startswith("RAY_")]:
         del os.environ[name]
     os.environ.update({name: value for name, value in cluster.environment.items() if name.startswith("RAY_")})
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):  # would take the place of the URL that it is reached by
         os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def _past_proxies(url: str) -> None:

@@ -38,8 +38,8 @@ def submit(cluster: Cluster, job: str, flags: Sequence[str] = (), *, wait: bool 
     """
     project = Path.cwd()
     script = _script(project, job)
-    jobs.settle(cluster)
-    size = checked_size(project)
+    with jobs.settled(cluster):
+        size = checked_size(project)
     with jobs.client(cluster) as ray:
         name = _sent(ray, project, script, flags)
         print(f"{name} is submitted, with {size / 1e6:.1f} MB of files", flush=True)

@@ -274,8 +274,9 @@ def test_an_error_of_this_machine_is_not_told_as_the_dashboards(home, monkeypatc
 def test_an_error_of_the_dashboard_is_told_also_without_a_text(place, error, told, monkeypatch):
     monkeypatch.setattr(jobs, "check_answers", lambda url: None)
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda url: SimpleNamespace())
-    for name in [name for name in os.environ if name.startswith("RAY_")]:
-        monkeypatch.setenv(name, os.environ[name])  # comes back after the test
+    before = dict(os.environ)
     with pytest.raises(UserError, match=f"the dashboard at http://127.0.0.1:9 cannot do that: {told}$"):
-        with jobs.client(Cluster("gcp")):
+        with jobs.client(Cluster("gcp", {}, {"RAY_AUTH_MODE": "of the cluster"})):
+            assert os.environ["RAY_AUTH_MODE"] == "of the cluster"
             raise error
+    assert dict(os.environ) == before

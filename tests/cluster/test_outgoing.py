@@ -48,7 +48,8 @@ def test_a_pattern_more_in_rayignore_holds_for_all(project, monkeypatch):
         file.write("/raymed/page\n")
     for module in (launcher, onprem_host):
         monkeypatch.setattr(module, "PROJECT", project)
-    cloud = launcher._copied(project / "copy")
+    cloud = project / "copy"
+    launcher._copied(cloud)
     on_node = {path.relative_to(cloud).as_posix() for path in cloud.rglob("*") if path.is_file()}
     with tarfile.open(fileobj=io.BytesIO(onprem_host.project().archive)) as tar:
         on_host = {entry.name for entry in tar if entry.isfile()}
