@@ -4,6 +4,7 @@ A job is a submission of Ray's Job API. Its name is the submission's id: the job
 """
 
 import asyncio
+import logging
 import os
 import sys
 import time
@@ -35,16 +36,13 @@ def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
     with settled(cluster), providers.provider(cluster.provider).reached(cluster) as url:
         _past_proxies(url)
         check_answers(url)
-        import logging
-
         import requests
         from ray.exceptions import AuthenticationError
         from ray.job_submission import JobSubmissionClient
 
-        for handler in logging.getLogger("ray").handlers:  # says what it uploads and what not
-            handler.setLevel(logging.ERROR)
         try:
-            yield JobSubmissionClient(url)
+            with _quiet_ray():
+                yield JobSubmissionClient(url)
         except AuthenticationError as error:
             refused = str(error).splitlines()[0].partition(". ")[0]
             raise UserError(
@@ -55,6 +53,19 @@ def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
             raise _silent(url, error) from None
         except RuntimeError as error:
             raise UserError(f"the dashboard at {url} cannot do that: {_reason(error)}") from None
+
+
+@contextmanager
+def _quiet_ray() -> Iterator[None]:
+    """Within, Ray does not say what it uploads and what not. Its loggers set their own levels; their handlers do not."""
+    levels = {handler: handler.level for handler in logging.getLogger("ray").handlers}
+    for handler in levels:
+        handler.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for handler, level in levels.items():
+            handler.setLevel(level)
 
 
 def _reason(error: Exception) -> str:

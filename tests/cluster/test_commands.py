@@ -1,6 +1,7 @@
 """The commands without a cluster, and around one of a provider that is a folder: what is said, and the exit codes."""
 
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -274,9 +275,12 @@ def test_an_error_of_this_machine_is_not_told_as_the_dashboards(home, monkeypatc
 def test_an_error_of_the_dashboard_is_told_also_without_a_text(place, error, told, monkeypatch):
     monkeypatch.setattr(jobs, "check_answers", lambda url: None)
     monkeypatch.setattr("ray.job_submission.JobSubmissionClient", lambda url: SimpleNamespace())
+    handler = logging.NullHandler()
     before = dict(os.environ)
+    logging.getLogger("ray").addHandler(handler)
     with pytest.raises(UserError, match=f"the dashboard at http://127.0.0.1:9 cannot do that: {told}$"):
         with jobs.client(Cluster("gcp", {}, {"RAY_AUTH_MODE": "of the cluster"})):
-            assert os.environ["RAY_AUTH_MODE"] == "of the cluster"
+            assert os.environ["RAY_AUTH_MODE"] == "of the cluster" and handler.level == logging.ERROR
             raise error
-    assert dict(os.environ) == before
+    logging.getLogger("ray").removeHandler(handler)
+    assert dict(os.environ) == before and handler.level == logging.NOTSET
