@@ -57,7 +57,7 @@ def client(cluster: Cluster) -> Iterator["JobSubmissionClient"]:
 
 @contextmanager
 def _quiet_ray() -> Iterator[None]:
-    """Within, Ray does not say what it uploads and what not. Its loggers set their own levels; their handlers do not."""
+    """Within, Ray does not say what it uploads and what not: its loggers set their own level, their handlers none."""
     levels = {handler: handler.level for handler in logging.getLogger("ray").handlers}
     for handler in levels:
         handler.setLevel(logging.ERROR)
