@@ -26,7 +26,7 @@ from raymed.train.plans.dry_run import DryRun
 from raymed.train.plans.flops import peak_flops as best_flops
 
 _TIMED_STEPS = 3
-_PATIENCE = 1.0  # seconds of timed steps after which no other is taken
+_PATIENCE = 5.0  # seconds of timed steps after which no other is taken; a single one is often off by half
 _CONTEXT = 600 * 2**20  # bytes that a process with CUDA, cuDNN and cuBLAS takes of its GPU beside torch's tensors
 
 
