@@ -14,7 +14,6 @@ the file itself (ONNX metadata, torch.export extra files) and in a JSON beside i
 
 import json
 import logging
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -33,7 +32,7 @@ from raymed.metrics.calibration import Calibration
 from raymed.metrics.reliability import Calibrator, Isotonic, Temperature
 from raymed.registry.card import metadata, write_card
 from raymed.storage import write_atomic
-from raymed.storage.leftovers import remove, sweep, temporary
+from raymed.storage.leftovers import remove, temporary
 from raymed.tasks.predictor import Predictor
 
 Format = Literal["onnx", "torch", "monai"]
@@ -150,14 +149,17 @@ def export_monai(folder: Path, into: Path) -> Path:
     """
     if into.exists() and any(into.iterdir()):
         raise UserError(f"{into} is not empty: give a new folder")
-    into.parent.mkdir(parents=True, exist_ok=True)
-    sweep(into.parent, deep=False)
-    making = temporary(into)
+    is_new = not into.exists()
+    into.mkdir(parents=True, exist_ok=True)
+    making = temporary(into / "bundle")  # inside: what is given may be a mount, or a link
     try:
         _lay_out(folder, making)
-        os.replace(making, into)
+        for part in sorted(making.iterdir()):
+            part.replace(into / part.name)
     finally:
         remove(making)
+        if is_new and not any(into.iterdir()):
+            into.rmdir()
     return into
 
 

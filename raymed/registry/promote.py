@@ -33,7 +33,7 @@ from raymed.registry.card import CARD, write_card
 from raymed.registry.config import is_stated
 from raymed.registry.decisions import INTENDED_USE, RELEASED, alone, held, on_record, put_on_record, rest
 from raymed.registry.gates import Examination, is_passed
-from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, registered_models, version_of
+from raymed.registry.store import BUNDLE, alias_of, fetch_bundle, registered_models, version_of, versions_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -228,7 +228,7 @@ def anchors(client: "MlflowClient") -> dict[str, Anchor]:
 
 def promotions(client: "MlflowClient", name: str) -> list[dict[str, Any]]:
     """All records of a model, the oldest first."""
-    versions = client.search_model_versions(f"name = '{name}'")
+    versions = versions_of(client, name)
     tags = [tag for version in versions for tag in version.tags.items() if tag[0].startswith(PROMOTION)]
     return [json.loads(value) for _, value in sorted(tags)]
 

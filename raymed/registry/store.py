@@ -1,7 +1,7 @@
 """What is asked of MLflow's registry."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
@@ -57,10 +57,16 @@ def alias_of(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | N
     return None if version is None else client.get_model_version(name, version)
 
 
+def versions_of(client: "MlflowClient", name: str) -> "Sequence[ModelVersion]":
+    """All versions of a model."""
+    quote = '"' if "'" in name else "'"  # MLflow knows no other way to write a name with one
+    return client.search_model_versions(f"name = {quote}{name}{quote}")
+
+
 def version_of(client: "MlflowClient", name: str, version: int) -> "ModelVersion":
     """A version by number. Raises UserError for an unknown model or version."""
     _model(client, name)
-    found = {int(v.version): v for v in client.search_model_versions(f"name = '{name}'")}
+    found = {int(v.version): v for v in versions_of(client, name)}
     if version not in found:
         raise UserError(f"{name} has no version {version}: it has {', '.join(map(str, sorted(found))) or 'none'}")
     return found[version]

@@ -98,7 +98,8 @@ class Registry:
         """Copy it from MLflow's artifacts and read it, every hash checked, and that it is what was registered."""
         with TemporaryDirectory(prefix="raymed-bundle-") as temporary:
             with _reaching():
-                folder = fetch_bundle(_connect(self.tracking, self.storage), origin.where, Path(temporary))
+                client = _connect(self.tracking, self.storage)
+            folder = fetch_bundle(client, origin.where, Path(temporary))
             try:
                 bundle = Bundle.load(folder)
             except UserError as error:  # named by what people know, and alike at every try

@@ -9,7 +9,7 @@ import pytest
 from nodes import Nodes, wait_for
 
 from raymed.train.places import cluster
-from raymed.train.places.cluster import cpus_for, is_submitted
+from raymed.train.places.cluster import cpus_for, free_cpus, is_submitted
 
 pytestmark = pytest.mark.ray
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_classifier.py"
@@ -61,11 +61,15 @@ def test_with_one_gpu_of_several_a_training_takes_its_share_of_the_cpus(monkeypa
     monkeypatch.setattr(cluster, "_live_by_id", lambda: nodes)
     monkeypatch.setattr(cluster, "_SETTLES", 0.0)
     monkeypatch.setattr("ray._private.state.available_resources_per_node", lambda: free)
-    assert cpus_for(1, gpus=1) == 12, "b's GPU is in use"
-    assert cpus_for(1) == 64
+    leaving: set[str] = set()
+    monkeypatch.setattr(cluster, "draining", lambda: leaving)
+    assert free_cpus(1, gpus=1) == 12, "b's GPU is in use"
+    assert free_cpus(1) == 64 and cpus_for(1) == 16, "which may have to run again on any of them"
     assert cpus_for(1, count=4) == 4, "where any of the nodes has room for one"
+    leaving.add("c")
+    assert free_cpus(1) == 40, "Ray places nothing on a node that is taken away, and still counts it"
     free["a"]["GPU"] = 0.0
-    assert cpus_for(1, gpus=1) == 16, "as if nobody used them"
+    assert free_cpus(1, gpus=1) == 0 and cpus_for(1, gpus=1) == 16, "as if nobody used them"
 
 
 @pytest.mark.parametrize(("address", "said"), [(None, False), ("", False), ("10.0.0.1:6379", True)])

@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -138,6 +139,19 @@ def test_monai_layout(folder, tmp_path):
     assert (made / "docs" / "data_license.txt").read_text() == "CC BY 4.0\nSource: the hospital | ward 3\n"
     with pytest.raises(UserError, match="not empty"):
         export_monai(folder, made)
+
+
+def test_a_monai_bundle_goes_where_it_is_told_to(folder, tmp_path, monkeypatch):
+    """A link to an empty folder, and the current one: nothing is put in their place."""
+    pytest.importorskip("onnxruntime", reason="raymed[export] is not installed")
+    for name in ("disk", "here"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    monkeypatch.chdir(tmp_path / "here")
+    for into, place in ((tmp_path / "link", "disk"), (Path("."), "here")):
+        export_monai(folder, into)
+        assert {path.name for path in (tmp_path / place).iterdir()} == {"configs", "docs", "models", "LICENSE"}
+    assert (tmp_path / "link").is_symlink()
 
 
 def test_a_monai_bundle_that_cannot_be_made_leaves_nothing(folder, tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from batch_example import JOBS, ask, case_bundle, config, ended, held, root, started
@@ -14,8 +15,8 @@ from predict_example import read_rows, write_images
 from test_batch_refused import ends
 from waiting import until
 
+from raymed.serve.jobs import outages, runner
 from raymed.serve.jobs import predict as work
-from raymed.serve.jobs import runner
 from raymed.serve.live import Origin
 from raymed.serve.sources import Folder, Registry
 from raymed.storage import lock
@@ -88,16 +89,41 @@ def test_a_job_waits_for_its_share_while_others_are_done(config, root, share, un
         assert table.read_bytes().startswith(written) and read_rows(table)["case"].is_unique
 
 
-def test_a_job_whose_share_stays_away_fails_and_its_answers_are_kept(config, share, unplugged, monkeypatch):
+def test_a_job_whose_share_stays_away_fails_and_leaves_nothing(config, share, unplugged, monkeypatch):
     monkeypatch.setattr("raymed.serve.jobs.outages._LONGEST_S", 0.0)
     with started(replace(config, batch_roots=(str(share.parent),))) as client:
         done = ended(client, ask(client, "share/manifest.csv").json()["id"])
         assert done["state"] == "failed" and "check the share" in done["problem"]
-        client.jobs._sweep()
-        assert len(read_rows(client.jobs.folder / done["id"] / "predictions.csv")) == 3
         assert client.get(f"{JOBS}/{done['id']}/result").status_code == 409
-        assert client.delete(f"{JOBS}/{done['id']}").status_code == 204
+        client.jobs._sweep()
         assert not (client.jobs.folder / done["id"]).exists()
+
+
+def test_what_an_attempt_has_answered_by_the_outage_counts(config, share, unplugged, monkeypatch):
+    monkeypatch.setattr(runner, "_TOLD_S", 0.0)
+    with started(replace(config, batch_roots=(str(share.parent),))) as client:
+        number = ask(client, "share/manifest.csv").json()["id"]
+        until(lambda: waiting(client, number))
+        assert client.jobs._outages._of[number].done == 3
+
+
+def test_a_job_that_got_further_since_the_last_outage_has_a_day_again(monkeypatch):
+    clock, known, job = [0.0], outages.Outages(), cast(Any, SimpleNamespace(id="1", model="hsg"))
+    monkeypatch.setattr(outages, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    found = []
+    for clock[0], done in ((0.0, 5000), (86_399.0, 5000), (90_000.0, 35_000), (170_000.0, 35_000), (180_000.0, 35_000)):
+        found.append(known.note(job, done))
+    assert found == [True, True, True, True, False]
+
+
+def test_a_folder_that_may_not_be_read_is_none_that_is_away(config, share, monkeypatch):
+    def refused(self):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(work.Path, "iterdir", refused)
+    with pytest.raises(PermissionError) as error:
+        work.present(str(share), [str(share.parent)])
+    assert not outages.may_pass(error.value)
 
 
 def test_a_job_outlives_a_list_of_jobs_that_nobody_can_write(config, held, monkeypatch):

@@ -15,9 +15,9 @@ from registries import weights_of
 from raymed.bundle import Bundle
 from raymed.config import UserError
 from raymed.registry.config import check_name
-from raymed.registry.promote import promote, release, restrict
+from raymed.registry.promote import promote, promotions, release, restrict
 from raymed.registry.register import identity
-from raymed.registry.store import version_of
+from raymed.registry.store import version_of, versions_of
 from raymed.serve.app import create_app
 from raymed.serve.config import Follow, ServeConfig, Wanted
 from raymed.serve.kept import Kept, kept_of
@@ -130,6 +130,13 @@ def test_a_store_that_is_gone_says_nothing_of_the_bundle(source, storage, monkey
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
     with pytest.raises(Unreachable, match="S3 does not answer"):
         Folder("s3://bucket/hsg").fetch(origin)
+
+
+def test_a_version_that_is_gone_from_the_registry_is_not_waited_for(source, client):
+    origin = source.newest("champion")
+    with pytest.raises(UserError, match="hsg has no version 7: it has 1") as error:
+        source.fetch(replace(origin, where="models:/hsg/7"))
+    assert not isinstance(error.value, Unreachable)
 
 
 def test_a_bundle_that_was_exchanged_with_its_hashes_is_found(source, client):
@@ -305,6 +312,12 @@ def test_a_model_that_cannot_be_named_is_said_and_stops_no_other(candidate, stor
     assert served_names(storage) == {"hsg": "hsg"}
     said = capsys.readouterr().out
     assert "'two, of us' is NOT SERVED" in said and "'me@home' is NOT SERVED" in said
+
+
+def test_a_name_with_an_apostrophe_is_served_as_any_other(candidate, client, storage):
+    candidate("O'Brien")
+    assert [version.version for version in versions_of(client, "O'Brien")] == [version_of(client, "O'Brien", 1).version]
+    assert promotions(client, "O'Brien") == []
 
 
 def test_every_page_of_the_registry_is_read(candidate, client, storage, monkeypatch):

@@ -134,7 +134,7 @@ def status(cluster: Cluster) -> Sequence[Line]:
     ]
     for tunnel in _tunnels(cluster):
         try:
-            found = opened(state.load() or cluster, [tunnel])  # others may have opened it anew
+            found = opened(state.required(), [tunnel])  # others may have opened it anew, or ended the cluster
             lines.append(Line(f"way to {tunnel.name}", True, found.addresses[tunnel.name]))
         except UserError as error:
             lines.append(Line(f"way to {tunnel.name}", False, str(error)))

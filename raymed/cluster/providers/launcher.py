@@ -251,13 +251,13 @@ def status(cluster: Cluster) -> Sequence[Line]:
     head = done.stdout.strip().splitlines()[-1:] if done.returncode == 0 else []
     lines = [Line("head", bool(head), head[0] if head else "there is none: python -m raymed.cluster up, or down")]
     for tunnel in _tunnels(cluster):
-        lines.append(_through(cluster, tunnel) if head else Line(tunnel.name, False, "there is no head"))
+        lines.append(_through(tunnel) if head else Line(tunnel.name, False, "there is no head"))
     return lines
 
 
-def _through(cluster: Cluster, tunnel: Tunnel) -> Line:
+def _through(tunnel: Tunnel) -> Line:
     try:
-        return _answers(opened(state.load() or cluster, [tunnel]), tunnel)
+        return _answers(opened(state.required(), [tunnel]), tunnel)  # others may have opened it anew
     except UserError as error:
         return Line(tunnel.name, False, str(error))
 

@@ -252,7 +252,7 @@ def _put(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:
 
 
 def _services(cluster: Cluster, is_head: bool) -> tuple[str, ...]:
-    works = not is_head or cluster.facts["head_works"]
+    works = not is_head or cluster.facts.get("head_works", False)
     return (("raymed-head", "raymed-mlflow") if is_head else ()) + (("raymed-worker",) if works else ())
 
 

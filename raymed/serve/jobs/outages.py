@@ -44,12 +44,13 @@ class Outages:
         self._of = {job.id: self._of[job.id] for job in jobs if job.id in self._of}
         return [job for job in jobs if job.id not in self._of or now >= self._of[job.id].again]
 
-    def note(self, job: Job) -> bool:
-        """A job cannot be gone on with now; False where it has got no further for so long that it fails."""
+    def note(self, job: Job, done: int) -> bool:
+        """A job cannot be gone on with now, of which so many cases are answered; False where it has got no further for
+        so long that it fails."""
         now, before = time.monotonic(), self._of.get(job.id)
         if before is None:
             log.write(event="job", job=job.id, state="waits", model=job.model)
-        first = before if before and job.done <= before.done else _Outage(now, job.done, now)
+        first = before if before and done <= before.done else _Outage(now, done, now)
         self._of[job.id] = replace(first, again=now + _PAUSE_S)
         return now <= first.since + _LONGEST_S
 

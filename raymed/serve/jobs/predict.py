@@ -20,7 +20,6 @@ from torch import Tensor
 from raymed.config import UserError
 from raymed.data.intake.pseudonyms import default_key_file, load_key
 from raymed.data.intake.scan import Silent
-from raymed.data.intake.scan import answers as still_answers
 from raymed.data.locations import Location, below
 from raymed.data.manifest import DataConfig, read_table
 from raymed.results.predict import answer_case, asked_cases, bundle_hash, check_share
@@ -55,9 +54,9 @@ def allowed(source: str, roots: Sequence[str]) -> Path:
 
 def present(source: str, roots: Sequence[str]) -> Path:
     """What a job is about, which was there when it was asked for. Raises Silent where it is gone, or a folder without
-    anything in it, as where its share is gone; Problem (403)."""
+    anything in it, as where its share is gone; Problem (403); OSError for a folder that may not be read."""
     path = _inside(source, roots)
-    if not (still_answers(path) if path.is_dir() else path.is_file()):
+    if not (any(path.iterdir()) if path.is_dir() else path.is_file()):
         raise Silent("the source is not there now, or an empty folder: check the share or the network")
     return path
 

@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, wait
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -227,10 +228,17 @@ class Jobs:
         except Exception as error:
             if self._ending.is_set():  # what it needs may have ended before it
                 self.rows.pause(job.id)
-            elif may_pass(error) and self._outages.note(job):
+            elif may_pass(error) and self._outages.note(job, self._done(row)):
                 self.rows.pause(job.id, reason_of(error))
             else:
                 self._finish(job, "failed", reason_of(error))
+
+    def _done(self, row: Row) -> int:
+        """Cases that are answered by now; where that cannot be asked, by the time the job was taken up."""
+        with suppress(sqlite3.Error):  # which may be why it cannot be gone on with
+            if job := self.rows.get(row.job.id, row.owner):
+                return job.done
+        return row.job.done
 
     def _finish(self, job: Job, state: State, problem: str | None = None) -> None:
         if self.rows.finish(job.id, state, problem):
@@ -242,8 +250,9 @@ class Jobs:
             raise _Left
         live, work = self._live(row), KINDS[job.kind]
         path = predict.present(job.source, roots)
+        key = predict.key_mark() if path.is_dir() else ""
         asked = work.cases_of(live, path, roots, limits)
-        self.rows.begin(job.id, live.origin, len(asked.cases), predict.key_mark() if path.is_dir() else "")
+        self.rows.begin(job.id, live.origin, len(asked.cases), key)
         folder = self.folder / job.id
         folder.mkdir(exist_ok=True, mode=0o700)
         told, done = 0.0, 0

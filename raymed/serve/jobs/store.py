@@ -184,9 +184,9 @@ class Store:
         self._change("DELETE FROM jobs WHERE finished < ?", (time.time() - seconds,))
 
     def with_files(self) -> set[str]:
-        """Numbers of those that have files worth keeping."""
+        """Numbers of those whose files somebody can still ask for, or a server goes on with."""
         with self._open() as rows:
-            found = rows.execute("SELECT id FROM jobs WHERE state IN ('running', 'succeeded', 'failed')")
+            found = rows.execute("SELECT id FROM jobs WHERE state IN ('running', 'succeeded')")
             return {number for (number,) in found}
 
     def _change(self, statement: str, values: Sequence[Any]) -> bool:

@@ -14,6 +14,7 @@ from typing import Any
 
 from raymed.config import UserError
 from raymed.train.places.growth import WHO_KNOWS, Growth, growth
+from raymed.train.places.room import draining
 
 DRIVER = "raymed_driver"
 """Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
@@ -22,7 +23,7 @@ node with --resources '{"raymed_driver": 1000}'."""
 _ENVIRONMENT = {
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # two seconds else
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # for its place alone, which the driver has seen to be free
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # for its place alone, which was free a moment ago
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver watches the nodes itself
     "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # `uv run` would resolve an environment in every worker
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
@@ -149,9 +150,11 @@ def gpus_of(device: str) -> int:
 
 def cpus_for(stated: int, gpus: int = 0, count: int = 1) -> int:
     """CPUs of one of `count` trainings side by side: `free_cpus`, or those of nodes that nobody used, where there is no
-    room now. Needs a connected Ray."""
+    room now; no more than the smallest node has that has room for one, since a training may have to run again on any of
+    them. Needs a connected Ray."""
     every = _rooms(_live_by_id(), stated, gpus)
-    return free_cpus(stated, gpus, count) or max(stated, _share(every, gpus, count))
+    share = free_cpus(stated, gpus, count) or _share(every, gpus, count)
+    return max(stated, min([share, *(int(cpus) for cpus, _ in every)]))
 
 
 def free_cpus(stated: int, gpus: int = 0, count: int = 1) -> int:
@@ -172,8 +175,10 @@ def free_cpus(stated: int, gpus: int = 0, count: int = 1) -> int:
 
 
 def _rooms(free: Mapping[str, Mapping[str, float]], stated: int, gpus: int) -> list[tuple[float, Mapping[str, float]]]:
-    """Of each live node that has room for a training: its free CPUs, and its resources. free: by the nodes' ids."""
-    live, need = _live_by_id(), {"CPU": stated, "GPU": gpus}
+    """Of each live node that stays and has room for a training: its free CPUs, and its resources. free: by the nodes'
+    ids."""
+    need, leaving = {"CPU": stated, "GPU": gpus}, draining()
+    live = {key: node for key, node in _live_by_id().items() if key not in leaving}
     return [(node["CPU"], live[key]) for key, node in free.items() if key in live and _slots(node, need)]
 
 

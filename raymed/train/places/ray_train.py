@@ -159,6 +159,8 @@ class _Training:
             return
         if isinstance(group.error, UserError):
             raise group.error
+        if _found_no_place(group.error):  # somebody else was faster: `await_room` waits, and tells of it
+            return
         what = f"node lost: {', '.join(lost)}" if lost else what_failed(group.error)
         if self._over():
             print(f"{self.unit.name}: {what}; the last checkpoint is kept", flush=True)
@@ -292,8 +294,14 @@ def is_death(error: BaseException) -> bool:
     return bool(failures) and all(_has_died(failure) or is_loss(failure) for failure in failures)
 
 
+def _found_no_place(error: BaseException) -> bool:
+    """Whether a group has not begun, since the room that was free has gone."""
+    return "StartupTimeout" in type(getattr(error, "controller_failure", None)).__name__  # a class of Ray Train's own
+
+
 def what_failed(error: BaseException) -> str:
     """In a line. Where a worker died, the others fail too, in a collective: that is not worth telling."""
+    error = getattr(error, "controller_failure", error)
     failures = getattr(error, "worker_failures", {})
     if dead := [_death(number, failure) for number, failure in failures.items() if _has_died(failure)]:
         return ", ".join(dead)

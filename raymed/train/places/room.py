@@ -44,29 +44,30 @@ def await_room(
     """The largest of `sizes` (descending) that the cluster has free room for, or None as soon as `over` says so.
 
     Where there is no room for the smallest, a line tells of it. What others use is waited for until they have done;
-    for nodes that are missing UserError says so after `longest` seconds.
+    UserError says so after nodes have been missing for `longest` seconds.
     """
-    began, told = time.monotonic(), False
+    began = enough = time.monotonic()  # when there were enough nodes last
+    told: bool | None = None
     while not (size := _largest(bundle, sizes, over)):
         if over():
             return None
         with place(bundle, sizes[-1]) as group:
             while not group.wait(_LOOK):
-                waited = time.monotonic() - began
                 if over():
                     return None
                 in_use = _there(bundle) >= sizes[-1]
-                if waited > longest and not in_use:
+                enough = time.monotonic() if in_use else enough
+                if (missing := time.monotonic() - enough) > longest:
                     raise UserError(
-                        f"{seen.shortage(bundle, sizes[-1])}; waited {waited:.0f} s (--compute.node-patience "
+                        f"{seen.shortage(bundle, sizes[-1])}; waited {missing:.0f} s (--compute.node-patience "
                         "SECONDS changes that). Start a node, or lower --compute.workers or --compute.min-workers; the "
                         "same command continues"
                     )
-                if waited > _TELL_AFTER and not told:
+                if time.monotonic() - began > _TELL_AFTER and told is not in_use:
                     most = "for other work to end" if in_use else f"{longest:g} s at most"
                     print(f"waiting, {most}: {seen.shortage(bundle, sizes[-1])}", flush=True)
-                    told = True
-    if told:
+                    told = in_use
+    if told is not None:
         print(f"room for {size} workers, after {time.monotonic() - began:.0f} s: it goes on", flush=True)
     return size
 

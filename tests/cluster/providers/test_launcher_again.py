@@ -176,6 +176,7 @@ def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path, monkeypatch):
     program = tmp_path / "ray"
     monkeypatch.setattr(launcher, "_ray", lambda: str(program))
     cluster = Cluster("aws", facts={"file": "aws.yaml", "tunnels": {"dashboard": free_port(), "mlflow": free_port()}})
+    state.save(cluster)
     program.write_text("#!/bin/sh\n[ $1 = get-head-ip ] && echo 10.0.0.1 && exit\necho no route to it\nexit 1\n")
     program.chmod(0o755)
     lines = launcher.status(cluster)
@@ -183,3 +184,7 @@ def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path, monkeypatch):
     program.write_text("#!/bin/sh\nexit 1\n")
     lines = launcher.status(cluster)
     assert [line.is_up for line in lines] == [False] * 3 and "there is no head" in lines[1].detail
+    program.write_text("#!/bin/sh\necho 10.0.0.1\n")
+    state.forget()
+    assert [line.is_up for line in launcher.status(cluster)] == [True, False, False]
+    assert state.load() is None, "what has been ended meanwhile is not brought back"

@@ -33,6 +33,42 @@ def test_a_training_waits_as_long_as_its_config_says_and_names_the_flag(monkeypa
         training.run()
 
 
+def test_others_work_is_waited_for_without_end_and_nodes_from_when_they_went(monkeypatch, capsys):
+    """Two hours of other work; then its only node is lost, and half an hour is to be waited for another one."""
+    clock = [0.0]
+
+    def look(_) -> bool:
+        clock[0] += 60.0
+        return False
+
+    monkeypatch.setattr(room, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(room, "_largest", lambda *_: None)
+    monkeypatch.setattr(room, "_there", lambda _: int(clock[0] <= 7200))
+    monkeypatch.setattr(room, "place", lambda *_: nullcontext(SimpleNamespace(wait=look)))
+    seen = cast(Any, SimpleNamespace(shortage=lambda *_: "this needs 1 CPU"))
+    with pytest.raises(UserError, match="waited 1860 s"):
+        room.await_room({"CPU": 1.0}, [1], seen, lambda: False, 1800)
+    assert clock[0] == 7200 + 1860
+    told = capsys.readouterr().out.splitlines()
+    assert told == [f"waiting, {what}: this needs 1 CPU" for what in ("for other work to end", "1800 s at most")]
+
+
+def test_a_group_whose_room_has_gone_is_no_failure(capsys):
+    """However often others are faster; a group that fails otherwise is one."""
+    from ray.train import ControllerError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+
+    unit = SimpleNamespace(name="one", result=lambda: None)
+    training = _Training(*cast(Any, (unit, None, lambda: False, [1], {"CPU": 1.0}, SimpleNamespace(look=list))))
+    training._over = lambda: False
+    for _ in range(5):
+        training._account(cast(Any, SimpleNamespace(error=ControllerError(WorkerGroupStartupTimeoutError(1)))), None)
+    assert training.deaths == [] and capsys.readouterr().out == ""
+    failed = ControllerError(ValueError("broken"))
+    training._account(cast(Any, SimpleNamespace(error=failed, evaluations=0)), None)
+    assert training.deaths == [False] and "broken" in capsys.readouterr().out
+
+
 def test_a_time_before_now_is_refused():
     with pytest.raises(UserError, match="compute.node_patience must be >= 0"):
         Compute(node_patience=-1)
