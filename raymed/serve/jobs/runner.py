@@ -250,9 +250,9 @@ class Jobs:
             raise _Left
         live, work = self._live(row), KINDS[job.kind]
         path = predict.present(job.source, roots)
-        key = predict.key_mark() if path.is_dir() else ""
+        is_folder = path.is_dir()  # before it is read: it may go meanwhile
         asked = work.cases_of(live, path, roots, limits)
-        self.rows.begin(job.id, live.origin, len(asked.cases), key)
+        self.rows.begin(job.id, live.origin, len(asked.cases), predict.key_mark() if is_folder else "")
         folder = self.folder / job.id
         folder.mkdir(exist_ok=True, mode=0o700)
         told, done = 0.0, 0
