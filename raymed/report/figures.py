@@ -55,7 +55,8 @@ def pr_roc(path: Path, curves: Curves, figures: Figures) -> None:
 
 
 def calibration(path: Path, curves: Curves, figures: Figures) -> None:
-    """Reliability diagram of each name over 15 equal-width bins, above the number of images in each bin.
+    """Reliability diagram of each name over 15 equal-width bins, above the number of decisions (cases, images or
+    pairs) in each bin.
 
     Seeds are pooled; counts, and the 95 % Wilson intervals drawn as vertical lines, are those of one seed on average.
     figures holds "ece" of each name.
@@ -77,7 +78,7 @@ def calibration(path: Path, curves: Curves, figures: Figures) -> None:
             lower.remove()
         for upper, lower in panels[::num_columns]:
             upper.set_ylabel("Observed fraction")
-            lower.set_ylabel("Images")
+            lower.set_ylabel("Count")
         drawn.supxlabel("Predicted probability of the positive class", fontsize=9)
 
 
@@ -241,7 +242,7 @@ def _reliability(seeds: Sequence[tuple[np.ndarray, np.ndarray]]) -> tuple[np.nda
 
 
 def _wilson(fraction: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's 95 % score interval of a fraction observed in `count` images (J. Am. Stat. Assoc. 22, 1927)."""
+    """Wilson's 95 % score interval of a fraction observed in `count` of them (J. Am. Stat. Assoc. 22, 1927)."""
     centre = (fraction + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(fraction * (1 - fraction) / count + (z / (2 * count)) ** 2)
     return centre - half, centre + half

@@ -115,7 +115,8 @@ class Tracker:
         self._thread.join(timeout)
         left = [upload.outbox for upload in self._uploads.values() if upload.is_pending()]
         if left:
-            print(f"{len(left)} runs wait for MLflow ({self.uri}), the next start uploads them: {left[0]}")
+            waiting = "a run waits" if len(left) == 1 else f"{len(left)} runs wait"
+            print(f"{waiting} for MLflow ({self.uri}), the next start uploads what is left: {left[0]}")
         self._forget_finished()
         return not left
 

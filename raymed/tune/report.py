@@ -234,9 +234,11 @@ def trial_of(trial: TrialRecord) -> Trial:
 
 
 def _log(job: Job, paths: dict[str, Path]) -> None:
-    """Into MLflow; pictures of patients only from sets that are marked deidentified."""
-    for file in ("report.html", "trials.csv", "table.csv", "sweep.jsonl"):
-        job.outbox.artifact(job.folder / file)
+    """Into MLflow; pictures of patients only from sets that are marked deidentified. A sweep whose budget was used up
+    before its first trial has no journal."""
+    files = [job.folder / name for name in ("report.html", "trials.csv", "table.csv", "sweep.jsonl")]
+    for file in filter(Path.is_file, files):
+        job.outbox.artifact(file)
     for picture in sorted(paths["figures"].glob("*.png")):
         if picture.name != "grad_cam.png" or job.recipe.data.deidentified:
             job.outbox.artifact(picture, "figures")

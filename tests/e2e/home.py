@@ -33,7 +33,8 @@ class Home:
             shutil.copytree(REPO / name, self.code / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(REPO / ".rayignore", self.code)
         (folder / "home").mkdir()
-        dropped = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYMED_LOCAL")
+        # Without bytecode every command and every worker of Ray compiles all of raymed again.
+        dropped = ("RAY_ADDRESS", "MLFLOW_TRACKING_URI", "RAYMED_LOCAL", "PYTHONDONTWRITEBYTECODE")
         self.env = {name: value for name, value in os.environ.items() if name not in dropped} | {
             "HOME": str(folder / "home"),
             "RAYMED_HOME": str(self.storage),

@@ -1,92 +1,42 @@
-"""A sweep that is killed in every one of its phases and started again goes on, and repeats nothing that is finished."""
+"""A sweep that is killed in its search and in its finals, and started again, goes on, and repeats nothing that is
+finished. Kills in every phase: test_tune_asl_killed.py."""
 
 import json
-import signal
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from home import TINY, Home, wait_for
+from home import Home
+from sweeps import COMMAND, NUM_TRIALS, check_nothing_repeated, events, killed_sweep, run_folder
 
 pytestmark = pytest.mark.ray
-NUM_TRIALS = 12
-COMMAND = (*TINY, *f"--sweep.num-trials {NUM_TRIALS} --sweep.generation 6 --seeds 1 2 --finals.finalists 1".split())
-COMMAND += ("--finals.seeds", "11", "12", "--name=sweep")
-
-
-def _run(home: Home) -> Path:
-    return home.storage / "runs" / "sweep"
-
-
-def _events(home: Home, name: str = "sweep") -> list[dict]:
-    path = home.storage / "runs" / name / "sweep.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
 def _rungs(home: Home, name: str) -> dict[tuple[int, int], float]:
-    return {(e["trial"], e["rung"]): e["value"] for e in _events(home, name) if "rung" in e}
-
-
-def _finished(home: Home) -> dict[Path, int]:
-    """Whatever is written once and for all -> when."""
-    results = [path for path in _run(home).glob("**/result.json") if "tune" not in path.parts]
-    files = [*results, *home.storage.glob("cache/features-*.npy")]
-    return {path: path.stat().st_mtime_ns for path in files}
-
-
-PHASES = {
-    "encoder": lambda home: list(_run(home).glob("encoder/*/checkpoints/supcon/index.json")),
-    "features": lambda home: list(home.storage.glob("cache/features-*.npy")),
-    "heads": lambda home: [event for event in _events(home) if "status" in event],
-    "finals": lambda home: list(_run(home).glob("finals/*/*/result.json")),
-    "report": lambda home: (_run(home) / "report.html").exists(),
-}
-"""What is there once a phase has begun."""
+    return {(e["trial"], e["rung"]): e["value"] for e in events(home, name) if "rung" in e}
 
 
 @pytest.fixture(scope="module")
 def sweep(home):
-    """The sweep, killed in every phase: what stood there after each kill, and what the last command printed."""
-    killed = {}
-    for phase, has_begun in PHASES.items():
-        process = home.start("tune_asl", *COMMAND)
-        wait_for(lambda has_begun=has_begun: has_begun(home) or process.poll() is not None, 120, f"phase {phase}")  # noqa: B023
-        process.send_signal(signal.SIGKILL)
-        output, _ = process.communicate(timeout=30)
-        assert process.returncode == -signal.SIGKILL, output
-        home.end_all()  # Ray's processes, as when the machine goes down; by themselves they may take a minute
-        wait_for(lambda: not home.processes(), 30, "end of Ray's processes")
-        killed[phase] = {"finished": _finished(home), "events": _events(home)}
-        home.edit_source()
-    return killed, home.run("tune_asl", *COMMAND)
+    """What stood there after each kill, and what the last command printed."""
+    return killed_sweep(home, ("heads", "finals"))
 
 
 def test_the_kills_came_where_they_should(home, sweep):
     killed, _ = sweep
-    assert not [e for e in killed["features"]["events"] if "status" in e]
     assert 1 <= len([e for e in killed["heads"]["events"] if "status" in e])
     finals = [path for path in killed["finals"]["finished"] if "finals" in path.parts]
     assert 1 <= len(finals) < 4
-    assert len([path for path in killed["report"]["finished"] if "finals" in path.parts]) == 4
 
 
 def test_nothing_that_was_finished_is_repeated(home, sweep):
-    killed, _ = sweep
-    now = _finished(home)
-    for phase in PHASES:
-        before = killed[phase]["finished"]
-        assert {path: now[path] for path in before} == before, phase
-        events = killed[phase]["events"]
-        assert json.dumps(_events(home)[: len(events)]) == json.dumps(events), phase
-    assert Counter(e["trial"] for e in _events(home) if "status" in e) == dict.fromkeys(range(NUM_TRIALS), 1)
-    assert len(list(home.storage.glob("cache/features-*.npy"))) == 4  # an encoder a seed, of search and finals
+    check_nothing_repeated(home, sweep[0])
 
 
 def test_every_trial_reports_every_rung_up_to_its_end(home, sweep):
-    events = _events(home)
-    reached = {n: [e["rung"] for e in events if e["trial"] == n and "rung" in e] for n in range(NUM_TRIALS)}
-    status = {e["trial"]: e["status"] for e in events if "status" in e}
+    journal = events(home)
+    reached = {n: [e["rung"] for e in journal if e["trial"] == n and "rung" in e] for n in range(NUM_TRIALS)}
+    status = {e["trial"]: e["status"] for e in journal if "status" in e}
     for number, rungs in reached.items():
         assert rungs == list(range(1, len(rungs) + 1))
         assert (len(rungs) == 8) == (status[number] == "finished")
@@ -101,7 +51,7 @@ def test_mlflow_shows_one_sweep_with_its_trials_and_finals_all_finished(home, sw
     runs = {run.info.run_id: run for run in client.search_runs([experiment.experiment_id])}
     names = Counter(run.info.run_name for run in runs.values())
     encoders = [f"encoder/seed-{seed}" for seed in (1, 2, 11, 12)]
-    summary = json.loads((_run(home) / "summary.json").read_text())
+    summary = json.loads((run_folder(home) / "summary.json").read_text())
     methods = [method.replace(" ", "-") for method in summary["figures"]]
     finals = [f"finals/{method}-seed-{seed}" for method in methods for seed in (11, 12)]
     trials = [f"trial-{number:04d}" for number in range(NUM_TRIALS)]
@@ -133,7 +83,7 @@ def test_the_report_is_complete(home, sweep):
 
     assert summary["job"] == "tune_asl"
     assert summary["sweep"]["num_trials"] == NUM_TRIALS
-    best = {e["trial"]: e["value"] for e in _events(home) if e.get("status") == "finished"}
+    best = {e["trial"]: e["value"] for e in events(home) if e.get("status") == "finished"}
     rivals = {number: value for number, value in best.items() if number}
     finalist = f"trial {max(rivals, key=rivals.__getitem__)}"
     assert set(summary["figures"]) == {"default", finalist}
@@ -142,7 +92,7 @@ def test_the_report_is_complete(home, sweep):
     assert "cannot tell" in summary["sentence"]  # two seeds
     assert f"{NUM_TRIALS} configurations were tried" in summary["sentence"] and summary["test_openings"] == 1
     assert summary["inside"][finalist]["box_alignment"]["num_patients"] > 5
-    page = (_run(home) / "report.html").read_text()
+    page = (run_folder(home) / "report.html").read_text()
     assert summary["sentence"].split(";")[0][:60] in page and "2 generations of 6" in page
     figures = Path(summary["paths"]["figures"])
     for name in ("pr_roc", "calibration", "training", "grad_cam"):
@@ -151,8 +101,8 @@ def test_the_report_is_complete(home, sweep):
 
 def test_rays_own_tools_read_the_trials(home, sweep):
     ray_tune = pytest.importorskip("ray.tune")
-    analysis = ray_tune.ExperimentAnalysis(str(_run(home) / "tune"))
-    values = {e["trial"]: e["value"] for e in _events(home) if "status" in e}
+    analysis = ray_tune.ExperimentAnalysis(str(run_folder(home) / "tune"))
+    values = {e["trial"]: e["value"] for e in events(home) if "status" in e}
     assert len(analysis.trials) == NUM_TRIALS
     for trial in analysis.trials:
         assert trial.last_result["auprc"] <= values[int(trial.trial_id.removeprefix("trial-"))] + 1e-12
@@ -165,7 +115,7 @@ def test_the_winner_is_registered_once_and_gives_its_own_probabilities(home, swe
     from raymed.bundle import Bundle
     from raymed.tasks.predictor import Predictor
 
-    summary = json.loads((_run(home) / "summary.json").read_text())
+    summary = json.loads((run_folder(home) / "summary.json").read_text())
     client = MlflowClient(f"sqlite:///{home.storage}/mlflow/mlflow.db")
     (model,) = client.search_registered_models()
     assert model.name == summary["registered"]["name"]
@@ -173,7 +123,7 @@ def test_the_winner_is_registered_once_and_gives_its_own_probabilities(home, swe
     assert len(client.search_model_versions(f"name='{model.name}'")) == 1
     bundle = Bundle.load(Path(summary["paths"]["model"]))
     method, seed = summary["best"].replace(" ", "-"), bundle.provenance["seed"]
-    kept = np.load(_run(home) / "finals" / method / f"seed-{seed}" / "predictions.npz")
+    kept = np.load(run_folder(home) / "finals" / method / f"seed-{seed}" / "predictions.npz")
     from PIL import Image
 
     folder = home.storage / "phantoms" / "hsg-64"
@@ -189,7 +139,7 @@ def test_ordinary_tune_trials_reach_the_same_rungs(home, sweep):
     """The same configurations through Ray Tune, one trial an actor, cut by Ray's own scheduler."""
     replay = home.storage / "runs" / "replay"
     replay.mkdir()
-    chosen = [event for event in _events(home) if "params" in event]
+    chosen = [event for event in events(home) if "params" in event]
     (replay / "sweep.jsonl").write_text("".join(json.dumps(event) + "\n" for event in chosen))
     options = ("--sweep.no-batched", "--sweep.at-once=2", "--finals.seeds", "11", "--register.no-register")
     home.run("tune_asl", *COMMAND[: COMMAND.index("--finals.seeds")], *options, "--name=replay")
@@ -202,6 +152,7 @@ def test_ordinary_tune_trials_reach_the_same_rungs(home, sweep):
 def test_a_budget_that_is_used_up_ends_with_a_report(home, sweep):
     output = home.run("tune_asl", *COMMAND[:-1], "--name=short", "--time-budget=1s")
 
+    assert "is not there any more" not in output, "a file that there is none of was to be uploaded"
     summary = json.loads(Path(output.strip().splitlines()[-1].removeprefix("summary: ")).read_text())
     assert summary["ended_early"] == "the time budget of 1s is used up (--time-budget)"
     assert summary["figures"] == {} and "cannot tell" in summary["sentence"]
