@@ -1,6 +1,6 @@
 """Compare two trained classifiers on images that neither has seen, case by case.
 
-    python jobs/compare_models.py --models RUN/seed-2023/bundle OTHER/seed-2023/bundle --data.manifest scans.csv
+    python jobs/compare_models.py --models RUN/model OTHER/model --data.manifest scans.csv
     python jobs/compare_models.py --models models:/hsg@champion models:/hsg@candidate --data.manifest scans.csv
 
 Each model decides at its own threshold; the difference is paired by patient. A manifest with a patient whom one of them

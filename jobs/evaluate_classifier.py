@@ -1,6 +1,6 @@
 """Evaluate a trained classifier on images it has not seen: an external test set.
 
-    python jobs/evaluate_classifier.py --model RUN/seed-2023/bundle --data.manifest other_hospital/manifest.csv
+    python jobs/evaluate_classifier.py --model RUN/model --data.manifest other_hospital/manifest.csv
     python jobs/evaluate_classifier.py --model models:/hsg-supcon-asl@champion --data.manifest s3://BUCKET/scans.csv
 
 Threshold and calibration are the model's own and are not fitted again. Every row of the manifest is evaluated, whatever

@@ -1,7 +1,7 @@
 """Evaluate a trained CLIP on images and captions, and export an index of their embeddings.
 
     python jobs/evaluate_clip.py --model RUN/model --data.manifest scans.csv --data.caption report
-    python jobs/evaluate_clip.py --model models:/scans-dhn_nce@champion --data.manifest s3://BUCKET/scans.csv
+    python jobs/evaluate_clip.py --model models:/scans-dhn-nce@champion --data.manifest s3://BUCKET/scans.csv
 
 The whole report of `train_clip.py` for a bundle (a folder, s3://BUCKET/FOLDER, or a registered model), on data of your
 own: retrieval, zero-shot findings, linear probe, calibration of similarity. index.parquet holds the embeddings of the

@@ -1,6 +1,6 @@
 """Write a trained model as a file that other programs run: ONNX, torch.export, or a MONAI bundle.
 
-    python jobs/export_model.py --bundle RUN/final/bundle
+    python jobs/export_model.py --bundle RUN/model
     python jobs/export_model.py --model models:/hsg-supcon-asl@champion --format torch --to model.pt2
 
 The file goes from pixels to probabilities. It is written only if it gives the bundle's own probabilities.

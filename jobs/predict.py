@@ -1,7 +1,7 @@
 """Ask a trained classifier about new images: one row a case.
 
     python jobs/predict.py --model RUN/model --images DIR
-    python jobs/predict.py --model models:/hsg-supcon_asl@champion --data.manifest new.csv --to predictions.csv
+    python jobs/predict.py --model models:/hsg-supcon-asl@champion --data.manifest new.csv --to predictions.csv
     python jobs/predict.py --model RUN/model --images DIR --workers 8
 
 predictions.csv has score, decision, answer (positive, negative or, where a server would, abstain) and the reasons why

@@ -5,7 +5,7 @@
     python jobs/promote_model.py --model hsg-supcon-asl --to challenger                  # for a share of the patients
     python jobs/promote_model.py --model hsg-supcon-asl --version 3 --release --by "the board" --why "study 12 is done"
     python jobs/promote_model.py --model hsg-supcon-asl --rollback --why "more false alarms since Monday"
-    python jobs/promote_model.py --model hsg-supcon-asl --bundle RUN/final/bundle --to candidate   # register it later
+    python jobs/promote_model.py --model hsg-supcon-asl --bundle RUN/model --to candidate   # register it later
     python jobs/promote_model.py --model hsg-supcon-asl --verify                         # is the record as it was?
 
 The version in use has the alias `champion` (models:/NAME@champion), the one before it `rollback`. What is to become

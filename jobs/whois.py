@@ -1,6 +1,6 @@
 """Say whom pseudonyms stand for, where the key of the import is.
 
-    python jobs/whois.py P-7F3K2Q9A C-2XQ7M4TD
+    python jobs/whois.py P-7F3K2Q4A C-2XQ7M4TD
 
 A patient gives the identifiers in the images and the sheet, a case its key, an image its file. What is printed names
 patients: it belongs in no log.

@@ -124,7 +124,8 @@ def stop(words: Sequence[str]) -> int:
     """Ask a job to stop."""
     from raymed.cluster.logs import stop
 
-    return stop(state.required(), _read(Stop, words, "stop").name)
+    given = _read(Stop, words, "stop")
+    return stop(state.required(), given.name)
 
 
 def down(words: Sequence[str]) -> int:

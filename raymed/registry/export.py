@@ -32,7 +32,7 @@ from raymed.metrics.calibration import Calibration
 from raymed.metrics.reliability import Calibrator, Isotonic, Temperature
 from raymed.registry.card import metadata, write_card
 from raymed.storage import write_atomic
-from raymed.storage.leftovers import remove, temporary
+from raymed.storage.leftovers import remove, sweep, temporary
 from raymed.tasks.predictor import Predictor
 
 Format = Literal["onnx", "torch", "monai"]
@@ -145,11 +145,15 @@ def export_monai(folder: Path, into: Path) -> Path:
     """Lay a bundle's folder out as a MONAI bundle (configs, docs, models), with the network as ONNX in `models`.
 
     The network is exported and checked as by `export`. Raises as that does, when nothing is left, and UserError when
-    `into` exists and is not empty.
+    `into` is no folder or is not empty; what an export has left that was killed does not count.
     """
-    if into.exists() and any(into.iterdir()):
+    is_new = not (into.exists() or into.is_symlink())
+    if not (is_new or into.is_dir()):
+        raise UserError(f"{into} is no folder: give a new one")
+    if not is_new:
+        sweep(into, deep=False)
+    if not is_new and any(into.iterdir()):
         raise UserError(f"{into} is not empty: give a new folder")
-    is_new = not into.exists()
     into.mkdir(parents=True, exist_ok=True)
     making = temporary(into / "bundle")  # inside: what is given may be a mount, or a link
     try:

@@ -59,8 +59,10 @@ def alias_of(client: "MlflowClient", name: str, alias: str) -> "ModelVersion | N
 
 def versions_of(client: "MlflowClient", name: str) -> "Sequence[ModelVersion]":
     """All versions of a model."""
-    quote = '"' if "'" in name else "'"  # MLflow knows no other way to write a name with one
-    return client.search_model_versions(f"name = {quote}{name}{quote}")
+    if "'" not in name:
+        return client.search_model_versions(f"name = '{name}'")
+    like = name.replace("'", "_")  # any character: MLflow knows no way to write that one in every name
+    return [version for version in client.search_model_versions(f"name LIKE '{like}'") if version.name == name]
 
 
 def version_of(client: "MlflowClient", name: str, version: int) -> "ModelVersion":

@@ -64,7 +64,7 @@ def row_names(level: str, data: DataSet, inside: Sequence[np.ndarray]) -> list[s
 
 
 def pseudonyms(level: str, config: DataConfig, data: DataSet, inside: Sequence[np.ndarray]) -> list[str]:
-    """U units by the pseudonyms that an import gave them, "C-7F3K2Q9A" or "C-7F3K2Q9A left".
+    """U units by the pseudonyms that an import gave them, "C-7F3K2Q4A" or "C-7F3K2Q4A left".
 
     Where the manifest names them otherwise, as an identifier may be what it has, and for images: `row_names`.
     """

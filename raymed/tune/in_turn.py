@@ -15,6 +15,7 @@ from typing import Any
 
 from raymed.space import Space
 from raymed.train.places.ray_train import train_with_workers
+from raymed.train.places.room import NoRoom
 from raymed.train.runs.job import Job
 from raymed.train.unit import Unit
 from raymed.tune.config import SweepConfig
@@ -30,7 +31,8 @@ def run_in_turn(
     """Run, or go on with, a search. Returns when all trials have ended, or when the job's budget is used up.
 
     A trial that fails is journaled as failed and the search goes on, but for the default: without it there is nothing
-    to compare with, and what it fails of, others will.
+    to compare with, and what it fails of, others will. One that finds no room is none that failed: NoRoom ends the
+    search, and the same command goes on with that trial.
     """
     for number in range(sweep.num_trials):
         if number not in journal.trials:
@@ -51,6 +53,8 @@ def _train(job: Job, journal: Journal, trials: Trials, number: int) -> bool:
     try:
         if not all(unit.result() or train_with_workers(unit, job.budget, job.interrupted) for unit in units):
             return False
+    except NoRoom:
+        raise
     except Exception as error:
         close_trial(trials, number, params, "FAILED")
         if number == 0:

@@ -1,6 +1,7 @@
 """An exported network gives the bundle's own answers, says what they mean, and does not leave when it is wrong."""
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -152,6 +153,25 @@ def test_a_monai_bundle_goes_where_it_is_told_to(folder, tmp_path, monkeypatch):
         export_monai(folder, into)
         assert {path.name for path in (tmp_path / place).iterdir()} == {"configs", "docs", "models", "LICENSE"}
     assert (tmp_path / "link").is_symlink()
+
+
+def test_a_monai_bundle_is_made_where_an_export_was_killed(folder, tmp_path):
+    """What it has left bears the number of a process that has ended."""
+    pytest.importorskip("onnxruntime", reason="raymed[export] is not installed")
+    code = "import sys; from pathlib import Path; from raymed.storage.leftovers import temporary; "
+    code += "temporary(Path(sys.argv[1]) / 'bundle').mkdir(parents=True)"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "monai")], check=True)
+    assert len(list((tmp_path / "monai").iterdir())) == 1
+    export_monai(folder, tmp_path / "monai")
+    assert {path.name for path in (tmp_path / "monai").iterdir()} == {"configs", "docs", "models", "LICENSE"}
+
+
+def test_a_monai_bundle_needs_a_folder(folder, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name in ("file", "link"):
+        with pytest.raises(UserError, match=f"{name} is no folder: give a new one"):
+            export_monai(folder, tmp_path / name)
 
 
 def test_a_monai_bundle_that_cannot_be_made_leaves_nothing(folder, tmp_path, monkeypatch):

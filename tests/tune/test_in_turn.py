@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("ray.tune")
 from raymed.config import UserError
 from raymed.tasks.classifier import ClassifierRecipe
+from raymed.train.places.room import NoRoom
 from raymed.train.unit import Unit
 from raymed.tune import in_turn
 from raymed.tune.config import SweepConfig, default_params, search_space
@@ -24,8 +25,8 @@ SPACE = search_space(RECIPE, SWEEP)
 class Cluster:
     """Stands in for Ray Train: trains at once, and remembers what. The value follows from the seed and parameters."""
 
-    def __init__(self, broken: tuple[int, ...] = (), num_trainings: float = math.inf):
-        self.broken, self.num_trainings, self.trained = broken, num_trainings, []
+    def __init__(self, broken: tuple[int, ...] = (), num_trainings: float = math.inf, crowded: tuple[int, ...] = ()):
+        self.broken, self.num_trainings, self.crowded, self.trained = broken, num_trainings, crowded, []
 
     def train(self, unit: Unit, budget, interrupted) -> bool:
         name = f"{unit.folder.parent.name}/{unit.folder.name}"
@@ -33,6 +34,8 @@ class Cluster:
             return False
         if any(name.startswith(f"trial-{number:04d}") for number in self.broken):
             raise UserError("the loss is not finite")
+        if any(name.startswith(f"trial-{number:04d}") for number in self.crowded):
+            raise NoRoom("waited 600 s; the same command continues")
         self.trained.append(name)
         unit.outbox.open(unit.key, unit.name, unit.parent)
         for rung in (1, 2):
@@ -113,3 +116,12 @@ def test_a_default_that_fails_ends_the_search_and_is_tried_again(search):
         search(Cluster(broken=(0,)))
 
     assert search(Cluster()).trials[0].status == "finished"
+
+
+def test_a_trial_that_finds_no_room_has_not_failed_and_the_same_command_continues(search):
+    with pytest.raises(UserError, match="the same command continues"):
+        search(Cluster(crowded=(2,)))
+
+    again = Cluster()
+    assert [trial.status for trial in search(again).trials.values()] == ["finished"] * 4
+    assert again.trained == [f"trial-000{number}/seed-{seed}" for number in (2, 3) for seed in (1, 2)]

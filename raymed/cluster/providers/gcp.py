@@ -55,7 +55,9 @@ def prepare(config: Config) -> Launch:
         raise UserError(f"--zone must be one such as europe-west4-a, got {config.zone!r}")
     project = _project(config.project)
     if find_spec("googleapiclient") is None:
-        raise UserError("`ray up` on Google Cloud needs a package: pip install 'raymed[gcp]'")
+        raise UserError(
+            "`ray up` on Google Cloud needs a package: pip install --editable '.[gcp]' in the project folder"
+        )
     launcher.need(*_PROGRAMS, by=_PROGRAMS)
     values = {"google_project": project, "region": region, "zone": config.zone}
     variables = {"RAYMED_HOME": _MOUNT, "RAYMED_BUCKET": config.bucket}

@@ -393,7 +393,7 @@ def _all_hosts(cluster: Cluster) -> list[Host]:
 
 def _through_tunnels(cluster: Cluster) -> Cluster:
     """The cluster with its tunnels open. Raises UserError where the head cannot be reached."""
-    return tunnels.opened(state.load() or cluster, _tunnels(cluster))  # others may have opened them anew
+    return tunnels.opened(state.required(), _tunnels(cluster))  # others may have opened them anew, or ended it
 
 
 def _tunnels(cluster: Cluster) -> list[Tunnel]:

@@ -1,6 +1,6 @@
 """Pseudonyms of patients, cases and images, and the vault that takes them back.
 
-    identifier -> HMAC-SHA256(key, kind, identifier) -> base32 -> P-7F3K2Q9A
+    identifier -> HMAC-SHA256(key, kind, identifier) -> base32 -> P-7F3K2Q4A
 
 The same key gives the same pseudonym for ever, so a set may grow. Without the key nobody can try out identifiers; a
 plain hash could be undone by hashing all 10^8 numbers of eight digits. HMAC: RFC 2104.
@@ -38,7 +38,7 @@ class Pseudonyms:
         self._key = key
 
     def of(self, kind: str, identifier: str) -> str:
-        """The pseudonym of an identifier (NFC, spaces around it do not count), e.g. "P-7F3K2Q9A".
+        """The pseudonym of an identifier (NFC, spaces around it do not count), e.g. "P-7F3K2Q4A".
 
         Args:
             kind: "patient", "case" or "image": one number as each of them gives different pseudonyms.

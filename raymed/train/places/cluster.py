@@ -14,7 +14,7 @@ from typing import Any
 
 from raymed.config import UserError
 from raymed.train.places.growth import WHO_KNOWS, Growth, growth
-from raymed.train.places.room import draining
+from raymed.train.places.room import NoRoom, draining
 
 DRIVER = "raymed_driver"
 """Custom resource that drivers of trainings take, so that they never take the place of their workers: start the head
@@ -211,7 +211,7 @@ def require(
     A training has `workers` workers, each with so many CPUs, GPUs and bytes of memory on one node, and a driver, which
     takes so much of the resource "raymed_driver" where the cluster has it, and else of a node's CPUs.
 
-    Raises UserError when that is below `at_least`, where Ray would wait without a word. What is in use by others now is
+    Raises NoRoom when that is below `at_least`, where Ray would wait without a word. What is in use by others now is
     counted as free: a line says so where it has to be waited for.
     """
     live = _live()
@@ -223,7 +223,7 @@ def require(
         have = " and ".join(_resources(node, memory, driver) for node in live)
         alone = {kind: _room(nodes, {kind: need}, workers, 0) for kind, need in needs.items() if need}
         short = [f"its {kind} is enough for {room}" for kind, room in alone.items() if room < at_least]
-        raise UserError(
+        raise NoRoom(
             f"this needs {at_least} x {_needed(needs, workers, driver)} at a time, and the cluster has {have} on "
             f"{len(live)} node(s){_told(more)} ({', '.join(short) or 'no node has enough of all at once'}): {advice}"
         )

@@ -13,7 +13,7 @@ from raymed.tasks.recipe import Recipe
 from raymed.tasks.task import Phase
 from raymed.train.loop import Interrupted
 from raymed.train.nets import check_network_stages
-from raymed.train.places.cluster import connected, cpus_for, fetched, gpus_of, is_submitted, require
+from raymed.train.places.cluster import connected, cpus_for, fetched, free_cpus, gpus_of, is_submitted, require
 from raymed.train.places.nodes import check_nodes, check_tracking, check_versions
 from raymed.train.places.processes import launched, together, train_together
 from raymed.train.plans.estimate import Plan, StepCost, Trainings, gpu_bytes, measure, trials_per_gpu
@@ -83,7 +83,7 @@ def run_side_by_side(job: Job, waves: Sequence[Sequence[Unit]]) -> bool:
 
 
 def announce(job: Job, waves: Sequence[Sequence[Unit]], *, in_turn: bool = False) -> None:
-    """Print how long these units will take, and how much memory and disk, from one measured step of each kind.
+    """Print how long these units will take, and how much memory and disk, from a few measured steps of each kind.
 
     in_turn: they never run side by side, wherever they run. With `run.plan` print the plan of each kind instead, and
     end. Raises UserError where disk or memory does not suffice. Finished units count nothing.
@@ -138,7 +138,7 @@ def _where_it_runs(units: Sequence[Unit], look: Callable[[Unit, int | None], T],
 
     if not ray.is_initialized():
         return look(units[0], None)
-    cpus, gpus = _resources(units[0], _side_by_side(units, in_turn))
+    cpus, gpus = _resources(units[0], _side_by_side(units, in_turn), in_turn)
     require(cpus, gpus, advice=ADVICE)
     return fetched(ray.remote(num_cpus=cpus, num_gpus=gpus)(look).remote(units[0], cpus))
 
@@ -169,7 +169,7 @@ def _at_once(units: Sequence[Unit], costs: Sequence[tuple[Phase, StepCost]], in_
         return 1
     memory = max(cost.peak_bytes if cost.device == "cpu" else 0 for _, cost in costs)
     most = _side_by_side(units, in_turn)
-    cpus, gpus = _resources(units[0], most)
+    cpus, gpus = _resources(units[0], most, in_turn)
     return require(cpus, gpus, memory=memory, at_most=most, advice=ADVICE)
 
 
@@ -212,10 +212,14 @@ def _side_by_side(units: Sequence[Unit], in_turn: bool) -> int:
     return 1 if in_turn or units[0].compute.workers > 1 else len(units)
 
 
-def _resources(unit: Unit, count: int) -> tuple[int, int]:
-    """CPUs and GPUs of one of `count` units side by side."""
-    gpus = gpus_of(unit.compute.device)
-    return cpus_for(unit.compute.cpus_per_worker, gpus, count), gpus
+def _resources(unit: Unit, count: int, in_turn: bool = False) -> tuple[int, int]:
+    """CPUs and GPUs of one of `count` units side by side; of each worker of one that has several; in_turn, of a lone
+    one, which takes what is free (`train_with_workers`)."""
+    stated, gpus = unit.compute.cpus_per_worker, gpus_of(unit.compute.device)
+    if unit.compute.workers > 1:
+        return stated, gpus
+    free = free_cpus(stated, gpus) if in_turn else 0
+    return free or cpus_for(stated, gpus, count), gpus
 
 
 def trials_on_a_gpu(unit: Unit, at_most: int) -> int:

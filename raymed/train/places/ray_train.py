@@ -102,7 +102,7 @@ class _Training:
             bundle = self._bundle()
             if not bundle["CPU"]:  # somebody else was faster
                 continue
-            with self.budget.running(self.unit.name, size * self.bundle.get("GPU", 0)):
+            with self.budget.running(self.unit.name, 0):  # no GPU until the workers have their place
                 self._attempt(size, bundle)
         if self.interrupted():
             raise Interrupted
@@ -114,10 +114,12 @@ class _Training:
     def _attempt(self, size: int, bundle: Bundle) -> None:
         reason = None
         with _Group(self.unit, size, bundle) as group, ExitStack() as stack:
-            missing = None
+            missing, has_begun = None, False
             while not group.wait(_LOOK):
-                if missing is None and group.has_arrived():  # not before, or it could take the group's own place
-                    missing = self._place_for_more(size, stack)
+                if not has_begun and group.has_arrived():
+                    has_begun = True
+                    self.budget.started(self.unit.name, size * self.bundle.get("GPU", 0))
+                    missing = self._place_for_more(size, stack)  # not before, or it could take the group's own place
                 reason = reason or self._reason(group, missing)
                 if reason:
                     group.stop()
@@ -159,7 +161,7 @@ class _Training:
             return
         if isinstance(group.error, UserError):
             raise group.error
-        if _found_no_place(group.error):  # somebody else was faster: `await_room` waits, and tells of it
+        if _found_no_place(group.error) and not lost:  # somebody else was faster: `await_room` waits, and tells of it
             return
         what = f"node lost: {', '.join(lost)}" if lost else what_failed(group.error)
         if self._over():

@@ -26,6 +26,10 @@ def patience(stated: float | None) -> float:
     return float(os.environ.get("RAYMED_NODE_PATIENCE", 600)) if stated is None else stated
 
 
+class NoRoom(UserError):
+    """The cluster has no room for a training, and may have some later: nothing is wrong with the training itself."""
+
+
 @contextmanager
 def place(bundle: Bundle, count: int):
     """Within: a placement group of so many bundles, which waits for its place or has it."""
@@ -44,7 +48,7 @@ def await_room(
     """The largest of `sizes` (descending) that the cluster has free room for, or None as soon as `over` says so.
 
     Where there is no room for the smallest, a line tells of it. What others use is waited for until they have done;
-    UserError says so after nodes have been missing for `longest` seconds.
+    NoRoom says so after nodes have been missing for `longest` seconds.
     """
     began = enough = time.monotonic()  # when there were enough nodes last
     told: bool | None = None
@@ -58,7 +62,7 @@ def await_room(
                 in_use = _there(bundle) >= sizes[-1]
                 enough = time.monotonic() if in_use else enough
                 if (missing := time.monotonic() - enough) > longest:
-                    raise UserError(
+                    raise NoRoom(
                         f"{seen.shortage(bundle, sizes[-1])}; waited {missing:.0f} s (--compute.node-patience "
                         "SECONDS changes that). Start a node, or lower --compute.workers or --compute.min-workers; the "
                         "same command continues"

@@ -1,4 +1,4 @@
-"""What a job will take, from one measured step of each of its phases: time, memory and disk, told before it starts.
+"""What a job will take, from a few measured steps of each of its phases: time, memory and disk, told before it starts.
 
 `measure` trains a phase for a few steps in a scratch copy of its networks (`DryRun`), scores one batch, and throws all
 of it away: nothing is written, and no later result changes.
@@ -68,10 +68,10 @@ def measure(phase: Phase, data: DataSet, seed: int, compute: Compute, threads: i
     starts from is not read: other weights take as long.
 
     Args:
-        threads: CPU threads that a worker will have; None = compute.threads, or torch's choice.
+        threads: CPU threads that a worker will have where compute.threads does not say it; None: torch's choice.
     """
     kept = torch.get_num_threads()
-    wanted = threads or compute.threads
+    wanted = compute.threads or threads
     devices = [compute.resolved_device()] if compute.resolved_device().type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         try:

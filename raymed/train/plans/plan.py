@@ -271,7 +271,7 @@ def plan(
 
     Args:
         workers: in place of compute.workers.
-        threads: CPU threads that a worker will have; None = compute.threads, or torch's choice.
+        threads: CPU threads that a worker will have where compute.threads does not say it; None: torch's choice.
     """
     compute = dataclasses.replace(compute, workers=workers or compute.workers)
     device = compute.resolved_device()

@@ -235,6 +235,14 @@ def test_variables_that_cannot_be_added(tmp_path, line, told):
         planned(None, environment=tmp_path / "variables")
 
 
+def test_a_cluster_that_was_ended_meanwhile_is_not_brought_back(monkeypatch):
+    """`status` asks the hosts first, which takes long where one does not answer."""
+    monkeypatch.setattr(onprem.tunnels, "opened", lambda *_: pytest.fail("a tunnel to nowhere"))
+    with pytest.raises(UserError, match="no cluster is up"):
+        onprem._through_tunnels(Cluster("onprem", facts={"tunnels": {}}))
+    assert state.load() is None
+
+
 def test_the_list_of_hosts(tmp_path):
     path = tmp_path / "hosts"
     path.write_text("# ours\nadmin@10.0.0.1  # head\n\ngpu-2\n")

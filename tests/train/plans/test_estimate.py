@@ -4,6 +4,7 @@ import dataclasses
 import time
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -110,6 +111,17 @@ def test_a_worker_has_its_share_of_each_micro_batch(data):
     steps = [seen for seen in task.seen if len(seen) == 2]
     assert len(steps) >= 3 and steps == [[2, 2]] * len(steps)
     assert [seen for seen in task.seen if len(seen) != 2] == [[2]] * 2  # for FLOPs, and for activations
+
+
+@pytest.mark.parametrize(("stated", "given", "expected"), [(1, 2, 1), (None, 2, 2), (3, None, 3)])
+def test_the_threads_are_those_of_the_training(data, monkeypatch, stated, given, expected):
+    """As compute.threads says; else as many as a worker is given."""
+    seen, kept = [], torch.get_num_threads()
+    monkeypatch.setattr(
+        estimate, "_Trial", lambda *_: SimpleNamespace(cost=lambda: seen.append(torch.get_num_threads()))
+    )
+    measure(Phase("p", Slow(), 9, 8), data, 0, dataclasses.replace(COMPUTE, threads=stated), given)
+    assert seen == [expected] and torch.get_num_threads() == kept
 
 
 def test_several_workers_take_as_much_memory_each():
