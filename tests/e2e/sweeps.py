@@ -47,7 +47,7 @@ def killed_sweep(home: Home, phases: tuple[str, ...]) -> tuple[dict[str, dict], 
     for phase in phases:
         process = home.start("tune_asl", *COMMAND)
         has_begun = PHASES[phase]
-        wait_for(lambda: has_begun(home) or process.poll() is not None, 120, f"phase {phase}")  # noqa: B023
+        wait_for(lambda: has_begun(home) or process.poll() is not None, 300, f"phase {phase}")  # noqa: B023
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate(timeout=30)
         assert process.returncode == -signal.SIGKILL, output
