@@ -181,13 +181,17 @@ def release(
     audit: Audit | None = None,
 ) -> None:
     """Take the mark "research use only" away from a version, for the use that is stated. Raises UserError when nobody
-    says, and nobody has said, what it is for, and unless it is said who releases it and why."""
+    says, and nobody has said, what it is for, where somebody has said something else meanwhile, and unless it is said
+    who releases it and why."""
     if not (is_stated(by) and is_stated(why)):
         raise UserError('a release takes a responsibility: say who and why, --by "..." --why "..."')
-    intended_use = stated_use(version, intended_use)
+    is_said, intended_use = is_stated(intended_use), stated_use(version, intended_use)
     record = _described("release", version, version, version, by, why) | {"intended_use": intended_use}
-    with _made_anew(client, version, intended_use, by) as made:
-        with alone(audit), on_record(client, audit, version, record):
+    with _made_anew(client, version, intended_use, by) as made, alone(audit):
+        now = client.get_model_version(version.name, version.version)
+        if not is_said and now.tags.get(INTENDED_USE) != intended_use:
+            raise _another_use(version)
+        with on_record(client, audit, version, record):
             _write_use_and_release(client, version, intended_use, by, made)
 
 
@@ -317,9 +321,13 @@ def _with_use(client: "MlflowClient", version: "ModelVersion", intended_use: str
             yield made
         return
     made: Future[Path] = Future()
-    changed = f"somebody states another use of {version.name} version {version.version} at this moment: do it again"
-    made.set_exception(UserError(changed))  # nobody asks for it as long as that is not so
+    made.set_exception(_another_use(version))  # nobody asks for it as long as that is not so
     yield made
+
+
+def _another_use(version: "ModelVersion") -> UserError:
+    what = f"{version.name} version {version.version}"
+    return UserError(f"somebody states another use of {what} at this moment: do it again")
 
 
 @contextmanager

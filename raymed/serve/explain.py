@@ -32,7 +32,7 @@ from raymed.report.gallery import HEAT_MAP_SENTENCE
 from raymed.serve.described import Described
 from raymed.serve.footer import marked
 from raymed.serve.handlers import Ask, Fields
-from raymed.serve.problems import OutOfMemory, Problem
+from raymed.serve.problems import OutOfMemory, Problem, TooLarge
 from raymed.tasks.predictor import Predictor
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ class Explainer:
         most = _MOST_PASSES // (_PASSES[fields.explain] + fields.deletion * _PASSES_OF_DELETION)
         if num_images > most:
             detail = f"explain: a case of at most {most} images is expected; the field frames can choose some"
-            raise Problem(422, detail, field="explain")
+            raise TooLarge(detail, field="explain")
 
     async def __call__(self, item: Tensor, fields: ExplainFields, ask: Ask) -> Explanation | None:
         """item: (C, H, W) float32 in [0, 1], what `Predictor.input_image` made. None where no map is asked for. Raises

@@ -73,6 +73,13 @@ class Problem(Exception):
         return body.model_dump(exclude_none=True)
 
 
+class TooLarge(Problem):
+    """422 of a case that takes longer, or more work, than may be spent on what is asked."""
+
+    def __init__(self, detail: str, *, field: str):
+        super().__init__(422, detail, field=field)
+
+
 class OutOfMemory(Problem):
     """503 of a device that is full."""
 

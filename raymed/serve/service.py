@@ -25,7 +25,7 @@ from raymed.serve.kept import kept_of
 from raymed.serve.live import Asking, Live
 from raymed.serve.metrics import Metrics
 from raymed.serve.models import Models, Served
-from raymed.serve.problems import Problem, busy, problem_of
+from raymed.serve.problems import Problem, TooLarge, busy, problem_of
 from raymed.serve.sources import source_of
 from raymed.serve.spans import span
 from raymed.serve.uploads import File, decode, quiet
@@ -243,7 +243,7 @@ def _late(limit: float, asking: Asking, fields: Mapping[str, Any]) -> Problem:
     if not fields.get("explain") or not asking.works_alone or asking.waits.seconds >= limit / 2:
         return busy(f"no answer within {limit:g} s", retry_after=2)
     ways = "fewer images (the field frames), another method, or a server that is given longer (--limits.timeout-s)"
-    return Problem(422, f"explain: no map within {limit:g} s: {ways} is expected", field="explain")
+    return TooLarge(f"explain: no map within {limit:g} s: {ways} is expected", field="explain")
 
 
 def checked_fields(handler: Handler, fields: dict[str, Any]) -> Any:

@@ -12,6 +12,7 @@ from raymed.config import UserError
 from raymed.registry import RegisterConfig, register
 from raymed.registry.audit import Audit
 from raymed.registry.card import write_card
+from raymed.registry.decisions import INTENDED_USE
 from raymed.registry.gates import Gate
 from raymed.registry.promote import anchors, is_released, promote, promotions, release, restrict, roll_back
 from raymed.registry.register import IDENTITY, add, identity
@@ -251,6 +252,25 @@ def test_a_use_that_changed_at_this_moment_is_decided_about_again(registered):
     with pytest.raises(UserError, match="another use of m version 1 at this moment: do it again"):
         promote(registered, seen, "triage")
     assert promote(registered, version_of(registered, "m", 1), "triage")["intended_use"] == "triage"
+
+
+def test_nothing_is_released_for_a_use_that_somebody_has_replaced(registered, place, monkeypatch):
+    promote(registered, version_of(registered, "m", 1), "triage")
+    audit, who = Audit(place["storage"]), {"by": "the board", "why": "study 12"}
+
+    def fetch(client, uri, into):
+        monkeypatch.undo()
+        promote(registered, version_of(registered, "m", 1), "screening")
+        return fetch_bundle(client, uri, into)
+
+    monkeypatch.setattr("raymed.registry.promote.fetch_bundle", fetch)
+    with pytest.raises(UserError, match="another use of m version 1 at this moment: do it again"):
+        release(registered, version_of(registered, "m", 1), **who, audit=audit)
+    found = version_of(registered, "m", 1)
+    assert found.tags[INTENDED_USE] == "screening" and not is_released(found) and audit.entries() == []
+    release(registered, found, "triage", **who, audit=audit)
+    found = version_of(registered, "m", 1)
+    assert found.tags[INTENDED_USE] == "triage" and is_released(found), "who says the use means it"
 
 
 def test_a_stated_use_need_not_be_said_twice(registered):

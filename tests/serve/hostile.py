@@ -180,6 +180,14 @@ def with_scans(content: bytes, num: int) -> bytes:
     return content[:first] + content[first:second] * num + content[second:]
 
 
+def palette(*values: int, **attributes) -> bytes:
+    """An object whose palette has a table of these segments (PS3.3, C.7.9.2) for each colour."""
+    table, names = struct.pack(f"<{len(values)}H", *values), ("Red", "Green", "Blue")
+    tables = {f"Segmented{name}PaletteColorLookupTableData": table for name in names}
+    sizes = {f"{name}PaletteColorLookupTableDescriptor": [256, 0, 16] for name in names}
+    return dicom(GREY, PhotometricInterpretation="PALETTE COLOR", **sizes, **tables, **attributes)
+
+
 def deflated() -> bytes:
     """An object of the deflated transfer syntax that inflates to 50 MB."""
     ds = pydicom.dcmread(io.BytesIO(dicom()))
@@ -250,6 +258,7 @@ SOUND = {
     "MR_small_jp2klossless.dcm": lambda: encapsulated("MR_small_jp2klossless"),
     "SC_rgb_rle_2frame.dcm": lambda: encapsulated("SC_rgb_rle_2frame"),
     "examples_palette.dcm": lambda: encapsulated("examples_palette"),
+    "segments.dcm": lambda: palette(0, 2, 0, 100, 1, 254, 65_535),
 }
 """Files that can be read, one of each sort."""
 
@@ -302,6 +311,9 @@ HOSTILE = {
     "samples.dcm": lambda: dicom(SamplesPerPixel=40_000),
     "colour.dcm": lambda: dicom(PhotometricInterpretation="ARGB"),
     "report.dcm": lambda: dicom(SOPClassUID="1.2.840.10008.5.1.4.1.1.88.11"),
+    "palette.dcm": lambda: palette(0, 1, 0, *[1, 65_535, 65_535, 1, 65_535, 0] * 600),
+    "segments.dcm": lambda: palette(*[0, 0] * 32_000, 0, 256, *range(256)),
+    "indirect.dcm": lambda: palette(0, 256, *range(256), 2, 1, 0, 0),
     "slope.dcm": lambda: dicom(RescaleSlope="1e308", RescaleIntercept="1e308"),
     "window.dcm": lambda: dicom(WindowCenter=["1e300"] * 3, WindowWidth=["-5", "0"]),
     "letters.dcm": lambda: dicom(WindowCenter="1234", WindowWidth="1e5").replace(b"1234", b"ABC^"),

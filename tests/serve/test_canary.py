@@ -1,12 +1,16 @@
 """The challenger answers its share of the patients, whichever way a request names them."""
 
 import base64
+import io
 from collections import Counter
 
+import dicom_helpers
+import pydicom
 import pytest
 from fastapi.testclient import TestClient
 from hostile import NAME, deflated, dicom
 from prometheus_client.parser import text_string_to_metric_families
+from test_dicom_web import post, results
 
 from raymed.serve.app import create_app
 from raymed.serve.canary import is_in_share, patient_of
@@ -79,6 +83,31 @@ def test_a_version_that_is_asked_for_by_its_number_answers_whoever_the_patient_i
         assert asked("/v2/models/hsg/versions/1/infer", content, headers) == "1"
     found = client.post("/v2/models/hsg/versions/2/infer", json={"inputs": []})
     assert found.status_code == 404, "by its number only the champion answers"
+
+
+def test_a_study_is_planned_by_the_version_that_answers_it(client, sent):
+    """Which explanations are possible, and which images it was made for."""
+    versions = client.app.state.service.models.served["hsg"].versions
+    champion, challenger = versions["champion"].handler, versions["challenger"].handler
+    challenger.explainer.methods = ("occlusion",)
+    challenger.bundle.contract["modality"] = "CT"
+
+    def answered(patient):
+        study = [pydicom.dcmread(io.BytesIO(dicom_helpers.content(ds))) for ds in sent[0]]
+        study[1].Modality = "CT"
+        for ds in study:
+            ds.PatientID = patient
+        report, *overlays = results(post(client, study))
+        assert "no heat maps" not in dicom_helpers.texts(report)
+        method = overlays[0].DerivationDescription.split()[0]
+        series = report.CurrentRequestedProcedureEvidenceSequence[0].ReferencedSeriesSequence
+        used = [item.ReferencedSOPInstanceUID for each in series for item in each.ReferencedSOPSequence]
+        return method, [ds.SOPInstanceUID for ds in study].index(*used)
+
+    patients = sorted(map("Kim-{}".format, range(24)), key=lambda patient: is_in_share("hsg", patient, 0.5))
+    assert (answered(patients[0]), answered(patients[-1])) == (("gradcam", 0), ("occlusion", 1))
+    champion.explainer.methods = ()
+    assert answered(patients[-1]) == ("occlusion", 1)
 
 
 def test_readiness_and_metrics_name_both(client):

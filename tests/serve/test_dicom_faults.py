@@ -200,6 +200,25 @@ def test_who_is_to_get_what_is_kept_is_asked_for(tmp_path, sent, caplog):
     assert told == ["results of 2 studies wait for OLD, whose address is not in --reply-to"]
 
 
+def test_a_refusal_that_cannot_be_written_is_in_the_log(tmp_path, sent, server, caplog, monkeypatch):
+    other = pydicom.dcmread(BytesIO(content(sent[0][0])))
+    other.Modality = "CT"
+
+    def broken(*_):
+        raise ValueError(str(other.PatientID))
+
+    with monkeypatch.context() as patch, Archive() as pacs, node(tmp_path, server, pacs.port) as port:
+        patch.setattr(Endpoint, "_refused", broken)
+        send_study([other], port)
+        until(lambda: "no report can say so" in caplog.text)
+        send_study(sent[1], port)
+        assert until(lambda: pacs.of("SR"))[0].StudyInstanceUID == sent[1][0].StudyInstanceUID
+        patch.undo()
+        until(lambda: len(pacs.of("SR")) == 2)
+    assert "HTTP 422: files[0].modality: XA is expected; no report can say so (ValueError); again in 1 s" in caplog.text
+    assert str(other.PatientID) not in caplog.text
+
+
 def test_one_study_that_cannot_be_asked_about_holds_no_other_up(tmp_path, sent, server, caplog):
     with Archive() as pacs, node(tmp_path, server, pacs.port, quiet=1.0) as port:
         send_study(sent[0], port)

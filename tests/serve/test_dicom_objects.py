@@ -2,6 +2,7 @@
 
 import base64
 import io
+from dataclasses import replace
 
 import highdicom
 import numpy as np
@@ -167,6 +168,31 @@ def test_uids_are_of_the_study_the_images_and_the_bundle(sent):
     assert fewer.SeriesInstanceUID == report.SeriesInstanceUID
 
 
+def test_uids_are_of_the_release_and_the_use(sent):
+    """What says something else, also in its series' description, is no object that an archive has already."""
+    case = case_of(sent[0])
+
+    def uids(**changes):
+        found = made(replace(case, answer=case.answer.model_copy(update=changes)))
+        return {uid for ds in found for uid in (ds.SOPInstanceUID, ds.SeriesInstanceUID)}
+
+    told = [uids(), uids(research_only=False), uids(intended_use="triage")]
+    assert len(set.union(*told)) == sum(map(len, told))
+
+
+def test_a_study_that_is_refused_again_for_another_reason_is_told_so(sent):
+    case = case_of(sent[0], decision=None)
+
+    def refused(reason, before=()):
+        return made(replace(case, answer=case.answer.model_copy(update={"reasons": [reason]})), ["report"], before)[0]
+
+    first = refused("too large")
+    before = [predecessor(first, f"{first.SeriesInstanceUID}/{first.SOPInstanceUID}")]
+    again, other = refused("too large", before), refused("cut short", before)
+    assert again.SOPInstanceUID == first.SOPInstanceUID != other.SOPInstanceUID
+    assert "PredecessorDocumentsSequence" in other and "PredecessorDocumentsSequence" not in again
+
+
 def test_a_new_report_names_the_one_before_it(sent):
     first = made(case_of(sent[0][:1]), ["report"])[0]
     before = predecessor(first, f"{first.SeriesInstanceUID}/{first.SOPInstanceUID}")
@@ -195,6 +221,18 @@ def test_overlays_lie_on_their_images(sent):
     assert 0.02 < (footer > 128).mean() < 0.5
 
 
+def test_overlays_share_a_series_where_their_images_do(sent):
+    """What they say of their images is of the series: the side, the part of the body."""
+    study = [pydicom.dcmread(io.BytesIO(content(sent[0][0]))) for _ in range(3)]
+    for place, ds in enumerate(study):
+        ds.SOPInstanceUID = ds.file_meta.MediaStorageSOPInstanceUID = f"1.2.3.{place}"
+        ds.SeriesInstanceUID, ds.Laterality = ("1.2.4", "L") if place < 2 else ("1.2.5", "R")
+    found = made(case_of(study), ["overlay"])
+    assert [ds.Laterality for ds in found] == ["L", "L", "R"]
+    first, second, third = [ds.SeriesInstanceUID for ds in found]
+    assert first == second != third and not {first, third} & {"1.2.4", "1.2.5"}
+
+
 def test_segmentations_hold_what_is_high_in_the_map(sent):
     case = case_of(sent[0][:1])
     regions = heat_maps(case, Preprocess(size=SIZE))
@@ -207,6 +245,19 @@ def test_segmentations_hold_what_is_high_in_the_map(sent):
     segment = found.get_segment_description(1)
     assert segment.segmented_property_type.scheme_designator == "99RAYMED"
     assert segment.algorithm_identification.version == "3"
+    assert "PixelMeasuresSequence" not in found.SharedFunctionalGroupsSequence[0]
+
+
+@pytest.mark.parametrize(
+    "kind", ["ComputedRadiographyImageStorage", "DigitalXRayImageStorageForPresentation", "UltrasoundImageStorage"]
+)
+@pytest.mark.parametrize("spacing", [{}, {"ImagerPixelSpacing": [0.1, 0.1]}, {"PixelSpacing": [0.1, 0.1]}])
+def test_images_of_every_class_have_segmentations(sent, kind, spacing):
+    ds = pydicom.dcmread(io.BytesIO(content(sent[0][0])))
+    ds.SOPClassUID = ds.file_meta.MediaStorageSOPClassUID = getattr(pydicom.uid, kind)
+    ds.update(spacing)
+    report, found = made(case_of([ds]), ["report", "segmentation"])
+    assert flaws(found) == [] and "no segmentation" not in texts(report)
     assert "PixelMeasuresSequence" not in found.SharedFunctionalGroupsSequence[0]
 
 

@@ -153,6 +153,56 @@ def test_what_is_long_over_is_forgotten(queue, clock):
     assert len(queue.due(0)) == 1
 
 
+def test_who_sends_what_was_refused_again_asks_again(queue):
+    add(queue, "1", "2")
+    queue.answer(queue.due(0)[0], [b"refusal"], "1/2", is_refusal=True)
+    assert queue.due(0) == []
+    add(queue, "1", "2")
+    (study,) = queue.due(0)
+    assert contents(study) == ["pixels of 1", "pixels of 2"] and (study.before, study.refusal) == ("", "1/2")
+    queue.answer(study, [b"found"], "1/3")
+    add(queue, "1", "2")
+    assert queue.due(0) == []
+
+
+def test_files_are_deleted_once_the_rows_say_so(queue, clock, monkeypatch):
+    """However a node is killed, a late image is asked about, and what is left goes at the next start."""
+    add(queue, "1")
+    queue.answer(queue.due(0)[0], [b"a"], "1/2")
+    deliver(queue)
+    clock(1)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            queue.clean(0)
+    again = Queue(queue.folder)
+    again.tidy()
+    assert [list((queue.folder / name).iterdir()) for name in ("images", "results")] == [[], []]
+    add(again, "2")
+    (late,) = again.due(0)
+    assert contents(late) == ["pixels of 2"]
+    again.tidy()
+    assert contents(again.due(0)[0]) == ["pixels of 2"]
+
+
+def test_an_answered_image_whose_file_is_gone_holds_no_later_one_up(queue):
+    add(queue, "1")
+    (study,) = queue.due(0)
+    queue.answer(study, [b"a"], "1/2")
+    study.images.popitem()[1].unlink()
+    add(queue, "2")
+    (late,) = queue.due(0)
+    assert contents(late) == ["pixels of 2"] and late.before == ""
+
+
+def test_a_clock_that_is_set_back_holds_no_study_up(queue, clock):
+    add(queue, "1")
+    clock(-DAY)
+    assert len(queue.due(5)) == 1
+    add(queue, "1")
+    assert queue.due(5) == []
+
+
 def test_nobody_else_reads_the_folder(tmp_path):
     mask = os.umask(0)
     try:

@@ -118,6 +118,16 @@ def test_a_case_whose_maps_the_device_has_no_memory_for_is_answered_without(clie
     assert "no heat maps" not in texts(results(post(client, sent[0]))[0])
 
 
+def test_a_method_that_is_not_possible_is_not_told_as_a_case_that_is_too_large(client, sent, monkeypatch):
+    """As of a version that has come since the study was planned."""
+    handler = client.app.state.service.models.get("hsg").handler
+    monkeypatch.setattr(handler, "about", lambda: {"explain": ["gradcam"]})
+    monkeypatch.setattr(handler.explainer, "methods", ("occlusion",))
+    refused = post(client, sent[0])
+    assert (refused.status_code, refused.json()["field"]) == (422, "explain")
+    assert "gradcam needs feature maps" in refused.json()["detail"]
+
+
 def test_a_server_that_is_busy_keeps_no_maps_from_a_report(client, sent, monkeypatch):
     """Who comes again gets them."""
     explain, refusals = Explainer.__call__, [busy("4 images wait for hsg already")]

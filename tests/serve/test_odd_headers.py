@@ -134,6 +134,22 @@ def test_what_merely_describes_is_left_out(client, image):
             assert keyword not in ds or ds[keyword].VR == dictionary_VR(keyword), keyword
 
 
+def test_overlay_planes_and_curves_are_left_out(client, image, tmp_path):
+    """Attributes of repeating groups, whose keywords lead back to no tag."""
+    odd = spoiled(image)
+    for tag, vr, value in (
+        (0x60000010, "US", odd.Rows),
+        (0x60000050, "SS", [1, 1]),
+        (0x60003000, "OW", bytes(odd.Rows * odd.Columns // 8)),
+        (0x60020010, "US", odd.Rows),
+        (0x50000005, "US", 2),
+        (0x50003000, "OW", bytes(8)),
+    ):
+        odd.add_new(tag, vr, value)
+    assert [ds.Modality for ds in results(post(client, [odd], results=ALL))] == ["SR", "OT", "SEG"]
+    assert refusal(client, tmp_path, odd).StudyInstanceUID == image.StudyInstanceUID
+
+
 def test_frames_that_are_not_there(client, image):
     for raw in (b"-1", b"0", b"x", b"1\\2", b"1.5", b"99999999999", b"2"):
         odd = spoiled(image, NumberOfFrames=("IS", raw))

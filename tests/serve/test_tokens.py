@@ -77,6 +77,17 @@ def test_a_damaged_file_lets_nobody_in(file, looking):
         Tokens(file)
 
 
+def test_a_file_that_could_not_be_read_once_is_read_again(file, looking, monkeypatch):
+    """However many files the process has open at one moment."""
+    token = add_token(file, "pacs", 3).encode()
+    tokens = Tokens(file)
+    later = add_token(file, "ward", 3).encode()
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_text", lambda *_: (_ for _ in ()).throw(OSError(24, "Too many open files")))
+        assert tokens.name_of(token) is tokens.name_of(later) is None
+    assert (tokens.name_of(token), tokens.name_of(later)) == ("pacs", "ward")
+
+
 def test_an_expired_token_is_not_known(file):
     token = add_token(file, "pacs", 3)
     described = json.loads(file.read_text())

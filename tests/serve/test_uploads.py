@@ -177,6 +177,21 @@ def test_nothing_is_inflated_that_nobody_asked_for():
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name", ["palette.dcm", "segments.dcm", "indirect.dcm"])
+def test_tables_of_a_palette_are_not_expanded_without_end(name):
+    import tracemalloc
+
+    content = hostile.hostile(name)
+    tracemalloc.start()
+    try:
+        refused = problem(content)
+        assert tracemalloc.get_traced_memory()[1] < 5e6
+    finally:
+        tracemalloc.stop()
+    assert refused.status == 422
+    assert refused.detail.startswith("files[1]: SegmentedRedPaletteColorLookupTableData: 65536 entries at most")
+
+
 def test_room_is_given_back_when_the_pixels_are_gone():
     room, content = Room(3 * GREY.size), hostile.picture(GREY, "PNG")
     held = [decoded(content, case=room.case()) for _ in range(3)]

@@ -125,14 +125,18 @@ class Tokens:
         return found.name if found is not None and found.is_valid() else None
 
     def _look(self) -> None:
-        """A file that can no longer be read lets nobody in."""
+        """A file that cannot be read lets nobody in, until a later look finds that it can."""
         now = time.monotonic()
         if now - self._looked < _LOOK_S:
             return
-        self._looked, before = now, self._seen
-        self._seen = _state_of(self.file)
-        if self._seen != before:
-            self._all = [*_readable(self.file), *self._single]
+        self._looked, state = now, _state_of(self.file)
+        if state == self._seen:
+            return
+        try:
+            found, self._seen = read_tokens(self.file), state
+        except UserError:
+            found, self._seen = [], None
+        self._all = [*found, *self._single]
 
 
 def tokens_of(config: ServeConfig) -> Tokens | None:
@@ -150,13 +154,6 @@ def tokens_of(config: ServeConfig) -> Tokens | None:
             f"jobs/serve_tokens.py add NAME{where}, or let anybody on this machine ask, --access.open"
         )
     return tokens
-
-
-def _readable(file: Path) -> Sequence[Token]:
-    try:
-        return read_tokens(file)
-    except UserError:
-        return []
 
 
 def _state_of(file: Path) -> tuple[int, ...] | None:

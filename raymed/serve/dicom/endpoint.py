@@ -58,7 +58,7 @@ class Endpoint:
 
         A study that cannot be used gets a report that says so: in an archive, silence looks like a model that has not
         seen the study yet, and a reader would wait, or take it for a negative. It takes the place of a refusal alone:
-        what the model has found in fewer images still holds. Raises NotNow.
+        what the model has found in fewer images still holds. Raises NotNow, also where no such report can be made.
         """
         body, headers = related_of_files(files)
         replaced = [report for report in (before, refusal) if report]
@@ -66,7 +66,13 @@ class Endpoint:
         accept = f'multipart/related; type="{DICOM}"'
         found = self._send("POST", "/studies", content=body, params=query, headers=headers | {"Accept": accept})
         if found.status_code in _STUDY:
-            return Results([self._refused(files, _detail(found), before, refusal)], is_refusal=True)
+            try:
+                return Results([self._refused(files, _detail(found), before, refusal)], is_refusal=True)
+            except NotNow:
+                raise
+            except Exception as error:  # a log has to say what the archive is not told; whose text might name somebody
+                why = f"HTTP {found.status_code}: {_detail(found)}; no report can say so ({type(error).__name__})"
+                raise NotNow(why, everybody=False) from None
         return Results(read_related(found.content, found.headers["content-type"]))
 
     def _refused(self, files: Sequence[Path], why: str, before: str, refusal: str) -> bytes:

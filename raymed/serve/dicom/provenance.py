@@ -1,7 +1,7 @@
 """What every object says of where it comes from: its UIDs, the equipment that made it, and who it is about.
 
-UIDs are made of the study, the images, the bundle and the kind of the object, so that whoever asks twice gets objects
-that an archive knows to be the same.
+UIDs are made of the study, the images, the bundle, its use and release and the kind of the object, so that whoever asks
+twice gets objects that an archive knows to be the same, and one that says something else is another.
 """
 
 import copy
@@ -30,7 +30,7 @@ _SERIES = {"report": 9001, "overlay": 9002, "segmentation": 9003}
 """Series numbers, above those of machines."""
 _PERSONAL = ("PatientID", "PatientName", "PatientBirthDate", "PatientSex", "AccessionNumber", "StudyID", "StudyDate")
 _PERSONAL += ("StudyTime", "ReferringPhysicianName")
-_LAYOUT = 1  # counts up when the same answer is written differently
+_LAYOUT = 2  # counts up when the same answer is written differently
 
 
 @dataclass(frozen=True)
@@ -63,13 +63,19 @@ class Case:
         """Which images the answer is about, whatever order they came in."""
         return ",".join(sorted(f"{image.header.SOPInstanceUID}/{image.frame or 0}" for image in self.images))
 
-    def series_uid(self, kind: str) -> "UID":
-        """Of all objects of a kind that one bundle makes of the study."""
-        return _uid(kind, "series", self.first.StudyInstanceUID, self.answer.model, self.answer.bundle)
+    def series_uid(self, kind: str, *which: object) -> "UID":
+        """Of all objects of a kind that one bundle, for one use, makes of the study. which: tells several series of
+        them apart."""
+        return _uid(kind, "series", *which, *self._whose)
 
     def uid(self, kind: str, *which: object) -> "UID":
-        """Of one object: another where the images or the bundle are others."""
-        return _uid(kind, *which, self.first.StudyInstanceUID, self.answer.model, self.answer.bundle, self.reference)
+        """Of one object: another where the images, the bundle, its use or its release are others."""
+        return _uid(kind, *which, *self._whose, self.reference)
+
+    @property
+    def _whose(self) -> tuple[object, ...]:
+        answer = self.answer
+        return self.first.StudyInstanceUID, answer.model, answer.bundle, answer.research_only, answer.intended_use
 
     @property
     def version(self) -> str:
@@ -146,18 +152,20 @@ def damaged(header: "Dataset") -> list[str]:
 
 
 def sound(images: "Sequence[Upload]") -> "list[Upload]":
-    """The images with what their headers say in the standard's own value representations, without what is damaged."""
+    """The images with what their headers say in the standard's own value representations, without what is damaged, or
+    is of a repeating group (overlay planes, curves), which no result needs."""
     headers = {id(image.header): _sound(image.header) for image in images if image.header is not None}
     return [replace(image, header=headers.get(id(image.header))) for image in images]
 
 
 def _sound(header: "Dataset") -> "Dataset":
     from pydicom import Dataset
-    from pydicom.datadict import keyword_for_tag
+    from pydicom.datadict import keyword_for_tag, tag_for_keyword
 
     found = Dataset()
-    for keyword in filter(None, map(keyword_for_tag, header.keys())):
-        if (element := _element(header, keyword)) is not None:
+    for tag in header.keys():  # noqa: SIM118
+        keyword = keyword_for_tag(tag)
+        if tag_for_keyword(keyword) == tag and (element := _element(header, keyword)) is not None:
             found.add(element)
     return found
 

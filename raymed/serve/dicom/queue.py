@@ -4,8 +4,9 @@
     FOLDER/images/STUDY/IMAGE.dcm  the images
     FOLDER/results/ANSWER/N.dcm    what is to be sent; N.sent once it is confirmed
 
-Files are written first, whole; what counts is the row, which is committed after them. Studies and images are named by
-hashes of their UIDs. The rows stay when the files are deleted, so that an image which comes again is known.
+Files are written first, whole; what counts is the row, which is committed after them, and before they are deleted.
+Studies and images are named by hashes of their UIDs. The rows stay when the files are deleted, so that an image which
+comes again is known.
 """
 
 import hashlib
@@ -36,6 +37,7 @@ CREATE TABLE IF NOT EXISTS refusals (id INTEGER PRIMARY KEY, study TEXT NOT NULL
 _HERE = "SELECT study FROM images WHERE here = 1"
 _OVER = """GROUP BY study HAVING MIN(answered) = 1 AND MAX(since) <= :before
 EXCEPT SELECT study FROM answers WHERE sent IS NULL OR sent > :before"""
+_REFUSED = "EXISTS (SELECT 1 FROM refusals WHERE id = (SELECT MAX(id) FROM answers WHERE study = excluded.study))"
 _DAY = 86400.0
 _REMEMBERED = 400 * _DAY
 """How long an image that came again is known."""
@@ -44,8 +46,8 @@ _REMEMBERED = 400 * _DAY
 @dataclass(frozen=True)
 class Study:
     """A study that waits for its answer. key: its pseudonym. images: files by the images' hashes.
-    before, refusal: "SERIES/INSTANCE" of its reports about fewer images, or "": the newest for which the model looked
-    at them, and the one that has said since then that it did not look at more."""
+    before, refusal: "SERIES/INSTANCE" of its reports, or "": the newest about fewer images for which the model looked
+    at them, and the one that has said since then that it did not look at more, or at these."""
 
     key: str
     images: dict[str, Path]
@@ -88,7 +90,8 @@ class Queue:
             db.close()
 
     def add(self, study_uid: str, image_uid: str, receiver: str, content: bytes) -> str:
-        """Take an image on; returns the study's key. One that came before changes nothing but the quiet time.
+        """Take an image on; returns the study's key. One that came before changes nothing but the quiet time, unless
+        the newest answer to its study is a refusal: whoever sends it again asks again.
 
         Studies are kept apart by who is to receive their results. Raises OSError or sqlite3.Error where the disk does
         not take it.
@@ -101,32 +104,42 @@ class Queue:
             db.execute("INSERT OR IGNORE INTO studies VALUES (?, ?)", (study, receiver))
             db.execute(
                 "INSERT INTO images (study, image, since) VALUES (?, ?, ?) "
-                "ON CONFLICT DO UPDATE SET since = excluded.since, here = 1",
+                f"ON CONFLICT DO UPDATE SET since = excluded.since, here = 1, answered = answered AND NOT {_REFUSED}",
                 (study, image, time.time()),
             )
         return study
 
     def due(self, quiet: float) -> list[Study]:
-        """Studies with an image that no answer is about yet, to which nothing has come for `quiet` seconds."""
+        """Studies with an image that no answer is about yet, to which nothing has come for `quiet` seconds. Where
+        something came later than now, the clock was set back: nobody waits for as long as that."""
+        now = time.time()
         with self._open() as db:
             rows = db.execute(
                 "SELECT study FROM images WHERE study IN (SELECT study FROM images WHERE answered = 0) "
-                "GROUP BY study HAVING MAX(since) <= ? ORDER BY MAX(since)",
-                (time.time() - quiet,),
+                "GROUP BY study HAVING MAX(since) <= ? OR MAX(since) > ? ORDER BY MAX(since)",
+                (now - quiet, now),
             ).fetchall()
             return [self._study(db, study) for (study,) in rows]
 
     def _study(self, db: sqlite3.Connection, study: str) -> Study:
-        images = db.execute("SELECT image FROM images WHERE study = ? AND here = 1 ORDER BY image", (study,)).fetchall()
-        names = {image for (image,) in images}
+        rows = db.execute(
+            "SELECT image, answered FROM images WHERE study = ? AND here = 1 ORDER BY image", (study,)
+        ).fetchall()
+        files = {image: self._image(study, image) for image, _ in rows}
+        # Without its file, one that was answered is not here; whoever asks about another is to fail, and say so.
+        images = {image: files[image] for image, answered in rows if not answered or files[image].exists()}
         answers = db.execute(
             "SELECT images, report, id IN (SELECT id FROM refusals) FROM answers WHERE study = ? ORDER BY id DESC",
             (study,),
         )
-        earlier = [(report, is_refusal) for about, report, is_refusal in answers if set(json.loads(about)) < names]
+        earlier = [
+            (report, is_refusal)
+            for about, report, is_refusal in answers
+            if (told := set(json.loads(about))) < images.keys() or (is_refusal and told == images.keys())
+        ]
         before = next((report for report, is_refusal in earlier if not is_refusal), "")
         refusal = earlier[0][0] if earlier and earlier[0][1] else ""
-        return Study(study, {image: self._image(study, image) for (image,) in images}, before, refusal)
+        return Study(study, images, before, refusal)
 
     def answer(self, study: Study, files: Sequence[bytes], report: str, is_refusal: bool = False) -> None:
         """Note an answer to a study as it was when it was asked about. report: "SERIES/INSTANCE". is_refusal: it says
@@ -180,26 +193,30 @@ class Queue:
     def clean(self, days: float) -> None:
         """Delete the files of studies that were brought to their end so many days ago."""
         over = f"SELECT study FROM images WHERE study IN ({_HERE}) {_OVER}"
-        with self._files, self._open() as db:
-            done = db.execute(over, {"before": time.time() - days * _DAY}).fetchall()
-            for (study,) in done:
-                for (id,) in db.execute("SELECT id FROM answers WHERE study = ?", (study,)):
-                    shutil.rmtree(self.folder / "results" / str(id), ignore_errors=True)
-                shutil.rmtree(self.folder / "images" / study, ignore_errors=True)
-            db.executemany("UPDATE images SET here = 0 WHERE study = ?", done)
+        with self._files:
+            with self._open() as db:
+                done = db.execute(over, {"before": time.time() - days * _DAY}).fetchall()
+                db.executemany("UPDATE images SET here = 0 WHERE study = ?", done)
+                made = [id for study in done for (id,) in db.execute("SELECT id FROM answers WHERE study = ?", study)]
+            folders = [self.folder / "images" / study for (study,) in done]
+            for folder in [*folders, *(self.folder / "results" / str(id) for id in made)]:
+                shutil.rmtree(folder, ignore_errors=True)
 
     def tidy(self) -> None:
-        """Remove results of a process that was killed before its answer counted, and what nobody will send again. For
-        the start, before anything else is done with the queue."""
+        """Remove results of a process that was killed before its answer counted, files of one that was killed while it
+        cleaned, and what nobody will send again. For the start, before anything else is done with the queue."""
         with self._open() as db:
             old = {"before": time.time() - _REMEMBERED}
             done = db.execute(f"SELECT study FROM images WHERE study NOT IN ({_HERE}) {_OVER}", old).fetchall()
             for table in ("images", "answers", "refusals", "studies"):
                 db.executemany(f"DELETE FROM {table} WHERE study = ?", done)
-            known = {str(id) for (id,) in db.execute("SELECT id FROM answers")}
-        for place in (self.folder / "results").iterdir():
-            if place.name not in known:
-                shutil.rmtree(place)
+            wanted = f"SELECT id FROM answers WHERE sent IS NULL OR study IN ({_HERE})"
+            known = {"results": {str(id) for (id,) in db.execute(wanted)}}
+            known["images"] = {study for (study,) in db.execute(_HERE)}
+        for name, names in known.items():
+            for place in (self.folder / name).iterdir():
+                if place.name not in names:
+                    shutil.rmtree(place)
 
     def _image(self, study: str, image: str) -> Path:
         return self.folder / "images" / study / f"{image}.dcm"

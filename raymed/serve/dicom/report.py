@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def report(case: Case, before: "Sequence[Dataset]" = (), notes: Sequence[str] = ()) -> "ComprehensiveSR":
     """The report. before: earlier ones of the study (study, series, SOP class and SOP instance of each) that this takes
-    the place of. notes: what else people are to know."""
+    the place of; of none where it is itself one of them, told again. notes: what else people are to know."""
     from highdicom import sr
     from pydicom.sr.codedict import codes
 
@@ -39,15 +39,19 @@ def report(case: Case, before: "Sequence[Dataset]" = (), notes: Sequence[str] = 
         title=codes.DCM.ImagingMeasurementReport,
     )
     document[0].ContentSequence.insert(-1, _library(case))
+    # A study may be refused twice, for different reasons, and then be answered.
+    decided = case.answer.decision is not None
+    common = case.common("report", 1, decided, *([] if decided else case.answer.reasons))
+    earlier = [each for each in before if each.SOPInstanceUID != common["sop_instance_uid"]]
     made = sr.ComprehensiveSR(
         evidence=[bare(header) for header in case.headers],
         content=document,
         is_complete=True,
         is_final=False,
         is_verified=False,
-        previous_versions=before or None,
+        previous_versions=earlier or None,
         coding_schemes=[coding_scheme()],
-        **case.common("report", 1, case.answer.decision is not None),
+        **common,
     )
     made.copy_patient_and_study_information(case.first)
     return made

@@ -75,8 +75,8 @@ def _segmentation(case: Case, region: "Region", values: np.ndarray) -> "Segmenta
         coding_schemes=[coding_scheme()],
         **case.common("segmentation", place + 1, place, method),
     )
-    if "FrameOfReferenceUID" not in made:  # nothing that highdicom took for granted may be told
-        del made.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    if "FrameOfReferenceUID" not in made:  # nothing that highdicom took for granted, of some classes, may be told
+        made.SharedFunctionalGroupsSequence[0].pop("PixelMeasuresSequence", None)
     made.copy_patient_and_study_information(header)
     return made
 

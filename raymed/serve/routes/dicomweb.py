@@ -33,7 +33,7 @@ from raymed.serve.dicom.multipart import DICOM, read_related, write_related
 from raymed.serve.dicom.objects import KINDS, Kind, objects, pictures_size, predecessor, regions_of, to_bytes
 from raymed.serve.dicom.provenance import Case, damaged, is_own, sound
 from raymed.serve.handlers import Handler, Upload
-from raymed.serve.problems import Problem, documented
+from raymed.serve.problems import OutOfMemory, Problem, TooLarge, documented
 from raymed.serve.routes.predict import plain_fields
 from raymed.serve.service import Answer, Answered, Service
 from raymed.serve.uploads import File
@@ -105,8 +105,10 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
     before = [text for text in request.query_params.getlist("before") if text]
     fields.pop("before", None)
     parts = await asyncio.to_thread(read_related, await request.body(), request.headers.get("content-type", ""))
-    handler = service.models.get(name).handler
-    instances = await asyncio.to_thread(_instances, parts, handler)
+    found = await asyncio.to_thread(lambda: [_instance(part) for part in parts])
+    patient = _patient(found)
+    handler = service.models.get(name, patient).handler
+    instances = await asyncio.to_thread(_fitting, found, handler)
     if study and any(each.header.get("StudyInstanceUID", study) != study for each in instances):
         raise Problem(409, "the instances are of another study than the address says", field="study")
     used = [each for each in instances if not each.failure]
@@ -118,9 +120,9 @@ async def _answer(service: Service, name: str, request: Request, study: str = ""
         raise Problem(422, "the instances are of several studies: send each study by itself", field="body")
     notes: list[str] = []
     if accept == DICOM and set(kinds) != {"report"}:
-        answered, notes = await _explained(service, name, used, fields, kinds)
+        answered, notes = await _explained(service, name, used, fields, patient, kinds)
     else:
-        answered = await _asked(service, name, used, fields)
+        answered = await _asked(service, name, used, fields, patient)
     if accept == "application/json":
         return Response(answered.answer.model_dump_json(), media_type=accept)
     if accept == _DICOM_JSON:
@@ -155,28 +157,40 @@ def _nameless(instances: Sequence[_Instance]) -> Problem | None:
     return None
 
 
-async def _asked(service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any]) -> Answered:
-    first = used[0].header
-    patient = str(first.get("PatientID") or first.StudyInstanceUID)
+def _patient(instances: Sequence[_Instance]) -> str:
+    """Who the first image is of; "" where there is none."""
+    first = next((each.header for each in instances if not each.failure), None)
+    return "" if first is None else str(first.get("PatientID") or first.StudyInstanceUID)
+
+
+async def _asked(
+    service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any], patient: str
+) -> Answered:
     return await service.answered(name, [File(each.content) for each in used], fields, patient)
 
 
 async def _explained(
-    service: Service, name: str, used: Sequence[_Instance], fields: dict[str, Any], kinds: Sequence[Kind]
+    service: Service,
+    name: str,
+    used: Sequence[_Instance],
+    fields: dict[str, Any],
+    patient: str,
+    kinds: Sequence[Kind],
 ) -> tuple[Answered, list[str]]:
-    """With heat maps by the first method that the model knows, unless the request names one. A case that is too large
-    to be explained, in the time or memory that there is, is asked about once more, without, and the report, where there
-    is one, says so. A server that is busy is to be asked again by the sender, who then gets the maps."""
-    methods = service.models.get(name).handler.about().get("explain") or []
+    """With heat maps by the first method that the patient's model knows, unless the request names one. A case that is
+    too large to be explained, in the time or memory that there is, is asked about once more, without, and the report,
+    where there is one, says so. A server that is busy is to be asked again by the sender, who then gets the maps."""
+    methods = service.models.get(name, patient).handler.about().get("explain") or []
     if "explain" in fields or not methods:
         more = {"explain_as": "array"} if "explain" in fields else {}
-        return await _asked(service, name, used, fields | more), []
+        return await _asked(service, name, used, fields | more, patient), []
+    more = {"explain": methods[0], "explain_as": "array"}
     try:
-        return await _asked(service, name, used, fields | {"explain": methods[0], "explain_as": "array"}), []
-    except Problem as problem:
+        return await _asked(service, name, used, fields | more, patient), []
+    except (TooLarge, OutOfMemory) as problem:
         if problem.field != "explain" or "report" not in kinds:
             raise
-    return await _asked(service, name, used, fields), [_NO_MAPS]
+    return await _asked(service, name, used, fields, patient), [_NO_MAPS]
 
 
 class _Results(Response):
@@ -210,9 +224,8 @@ def _results(
         return _Results(files, hold(np.empty(0)))
 
 
-def _instances(parts: Sequence[bytes], handler: Handler) -> list[_Instance]:
+def _fitting(found: list[_Instance], handler: Handler) -> list[_Instance]:
     """Each with why it is left out. One that the model was not made for is, where there are others."""
-    found = [_instance(part) for part in parts]
     fits = [not each.failure and _fits(each.header, handler) for each in found]
     if not any(fits):
         return found

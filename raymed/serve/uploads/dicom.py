@@ -32,6 +32,8 @@ _SEQUENCE, _ITEMS = 4 * 2**20, 50_000
 _OTHER = 32 * 2**20
 """Bytes of everything but the pixels."""
 _FRAGMENTS = 20_000
+_ENTRIES, _SEGMENTS = 65_536, 1000
+"""Of one segmented table of a palette, which is expanded for every frame."""
 
 
 class Counted(io.BytesIO):
@@ -118,6 +120,8 @@ def check_object(ds: "Dataset") -> None:
     )
     if not is_sane:
         raise Problem(422, "its rows, columns, frames, samples, bits or photometric interpretation are not of an image")
+    if ds.PhotometricInterpretation == "PALETTE COLOR":
+        _check_palette(ds)
     if ds.file_meta.TransferSyntaxUID in _UNCOMPRESSED:
         sampled = 2 if ds.PhotometricInterpretation == "YBR_FULL_422" else samples
         if (rows * columns * sampled * frames * allocated + 7) // 8 > len(ds.PixelData):
@@ -154,6 +158,30 @@ def _check_elements(ds: "Dataset") -> None:
                 within += [(item, depth + 1) for item in value]
     if later > _SEQUENCE or items > _ITEMS or other > _OTHER:
         raise Problem(413, "too much beside its pixels")
+
+
+def _check_palette(ds: "Dataset") -> None:
+    """A few bytes of a segmented table may stand for any number of entries. Raises Problem (422) with the name of the
+    table."""
+    for colour in ("Red", "Green", "Blue", "Alpha"):
+        name = f"Segmented{colour}PaletteColorLookupTableData"
+        if name in ds:
+            is_of_bytes = ds.RedPaletteColorLookupTableDescriptor[2] // 8 == 1  # as pydicom has it
+            if not _is_palette(np.frombuffer(ds[name].value, np.uint8 if is_of_bytes else "<u2")):
+                raise Problem(422, f"{name}: {_ENTRIES} entries at most, in {_SEGMENTS} segments, are expected")
+
+
+def _is_palette(values: np.ndarray) -> bool:
+    """Whether a segmented table (PS3.3, C.7.9.2) stays within bounds, by the lengths that its segments state. Indirect
+    ones, which repeat others, do not."""
+    place = entries = segments = 0
+    while place + 1 < len(values):
+        code, length = int(values[place]), int(values[place + 1])
+        entries, segments = entries + length, segments + 1
+        if code > 1 or entries > _ENTRIES or segments > _SEGMENTS:
+            return False
+        place += 2 + (length if code == 0 else 1)
+    return True
 
 
 def _num_fragments(pixel_data: bytes) -> int:
