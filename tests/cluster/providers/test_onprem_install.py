@@ -39,8 +39,8 @@ def test_code_and_requirements_make_another_project(name, is_other, project):
     assert (onprem_host.project().digest != before) is is_other
 
 
-# A Python that tells the right versions, and whose pip keeps what it is to install, unless there is a file `broken`. With
-# a file `half` it has no pip.
+# A Python that tells the right versions, and whose pip keeps what it is to install, unless there is a file `broken`.
+# With a file `half` it has no pip.
 PYTHON = """#!/bin/sh
 home=$(dirname "$0")/..
 if [ "$1" = -c ]; then cat "$home/versions"; exit; fi
