@@ -20,7 +20,7 @@ $(VENV)/.installed: pyproject.toml
 ifdef OFFLINE
 	$(PYTHON) $(OFFLINE)/install.py $(VENV) --project .
 else
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # also one that was half made
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 endif
 	touch $@

@@ -11,7 +11,6 @@ set -euo pipefail
   exit 2
 }
 project=$1 region=$2 bucket=$3
-worker=raymed-worker@$project.iam.gserviceaccount.com
 iap=35.235.240.0/20 # where Identity-Aware Proxy comes from
 inside=10.77.0.0/20
 
@@ -44,7 +43,13 @@ unless compute routers nats describe raymed --router raymed --region "$region" -
   compute routers nats create raymed --router raymed --region "$region" --auto-allocate-nat-external-ips \
   --nat-all-subnet-ip-ranges
 
-unless gcloud --quiet --project "$project" iam service-accounts describe "$worker" -- \
-  gcloud --quiet --project "$project" iam service-accounts create raymed-worker --display-name "raymed workers"
-gcloud --quiet storage buckets add-iam-policy-binding "gs://$bucket" \
-  --member "serviceAccount:$worker" --role roles/storage.objectUser
+# account NAME TITLE: one that may use the bucket, whose project may be another.
+account() {
+  local email=$1@$project.iam.gserviceaccount.com
+  unless gcloud --quiet --project "$project" iam service-accounts describe "$email" -- \
+    gcloud --quiet --project "$project" iam service-accounts create "$1" --display-name "$2"
+  gcloud --quiet storage buckets add-iam-policy-binding "gs://$bucket" \
+    --member "serviceAccount:$email" --role roles/storage.objectUser
+}
+account raymed-worker "raymed workers"
+account ray-autoscaler-sa-v1 "raymed head" # Ray's launcher takes the one of this name that is there

@@ -47,9 +47,9 @@ def check_files() -> None:
 
 
 def make(venv: Path) -> Path:
-    """The venv's interpreter; the venv is made where there is none."""
+    """The venv's interpreter; the venv is made where there is none, or one without pip, which was half made."""
     python = venv / "bin" / "python"
-    if not python.exists():
+    if not python.exists() or subprocess.run([python, "-m", "pip", "--version"], capture_output=True).returncode:
         made = subprocess.run([sys.executable, "-m", "venv", str(venv)], capture_output=True, text=True)
         if made.returncode:
             raise Refused(f"no venv could be made (Debian: its package python3-venv)\n{made.stdout}{made.stderr}")

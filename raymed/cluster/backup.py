@@ -140,8 +140,10 @@ def save(folder: Path, place: Place, checkpoints: bool = False) -> str:
 def restore(folder: Path, place: Place) -> str:
     """Put a backup where nothing is yet. Addresses of files in the database become those of the new place."""
     facts = _checked(folder)
-    if place.cluster and state.required().provider != "local":
-        raise UserError("restore before that cluster is up: --storage s3://... --mlflow s3://.../mlflow, then up")
+    if place.cluster and (cluster := state.required()).provider != "local":
+        is_bucket = is_remote(cluster.environment["RAYMED_HOME"])
+        where = "s3://..." if is_bucket else "MOUNT"  # of what its machines mount
+        raise UserError(f"restore before that cluster is up: --storage {where} --mlflow {where}/mlflow, then up")
     storage, mlflow = _places(place)
     files, artifacts = _below(folder / STORAGE), _below(folder / ARTIFACTS)
     _check_empty(storage, files, mlflow)

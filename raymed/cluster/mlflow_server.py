@@ -7,7 +7,8 @@ files go to STORAGE/mlflow/artifacts at once, the database to STORAGE/mlflow/mlf
 (SIGTERM): a machine that is lost without a word takes a minute of figures with it. Users are made anew at each start.
 
 A folder may still have the database of an earlier time, while another machine, or a backup that was restored, has
-brought a later one to the storage. So FOLDER/kept.sha256 says what this folder and the storage last had in common.
+brought a later one to the storage. So FOLDER/kept.sha256 says what this folder and the storage last had in common, and
+what is not that is never overwritten.
 """
 
 import hashlib
@@ -60,25 +61,40 @@ def take_back(folder: Path, storage: str) -> bool:
     if not exists(kept):
         return False
     data = read_bytes(kept)
-    in_common = folder / _IN_COMMON
     if (folder / DATABASE).exists():
-        if in_common.is_file() and in_common.read_text() == _digest(data):
+        if _digest(data) in _brought(folder):
             return False
         _put_aside(folder)
     write_atomic(folder / DATABASE, data)
-    write_atomic(in_common, _digest(data))
+    write_atomic(folder / _IN_COMMON, _digest(data))
     return True
 
 
 def keep(folder: Path, storage: str) -> None:
-    """Bring the database to the storage as it is between two transactions, whoever writes meanwhile."""
+    """Bring the database to the storage as it is between two transactions, whoever writes meanwhile. Raises UserError
+    where another one is kept there by now than this folder has brought or taken."""
+    kept = join(storage, _KEPT, DATABASE)
+    found = _digest(read_bytes(kept)) if exists(kept) else ""
+    if found and found not in _brought(folder):
+        raise UserError(
+            f"{kept} is not what this server took or brought there, but a restored one or another server's, and stays: "
+            "take the cluster down and up to go on with it"
+        )
     with TemporaryDirectory(dir=folder) as scratch:
         copy = Path(scratch) / DATABASE
         with closing(sqlite3.connect(folder / DATABASE)) as source, closing(sqlite3.connect(copy)) as target:
             source.backup(target)
         data = copy.read_bytes()
-        write_bytes(join(storage, _KEPT, DATABASE), data)
+        # Both are this folder's own: nobody can say which one is kept where the writing fails, or this process ends.
+        write_atomic(folder / _IN_COMMON, f"{found} {_digest(data)}")
+        write_bytes(kept, data)
         write_atomic(folder / _IN_COMMON, _digest(data))
+
+
+def _brought(folder: Path) -> list[str]:
+    """Digests of what this folder took from the storage or brought there last."""
+    in_common = folder / _IN_COMMON
+    return in_common.read_text().split() if in_common.is_file() else []
 
 
 def _digest(data: bytes) -> str:

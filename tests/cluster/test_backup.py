@@ -342,9 +342,11 @@ def test_the_cluster_that_is_up(saved, s3, tmp_path, monkeypatch):
     assert all(again[name] == first[name] for name in first if name.startswith(("storage/", "artifacts/")))
     assert json.loads(again["backup.json"])["root"] == "mlflow-artifacts:"
 
-    state.save(Cluster("aws", environment=environment))
-    with patch.dict(os.environ), pytest.raises(UserError, match="restore before that cluster is up"):
-        restore(saved, Place(cluster=True))
+    for provider, storage, told in (("aws", s3.url, "s3://..."), ("gcp", "/mnt/raymed", "MOUNT")):
+        state.save(Cluster(provider, environment=environment | {"RAYMED_HOME": storage}))
+        said = f"restore before that cluster is up: --storage {told} --mlflow {told}/mlflow, then up"
+        with patch.dict(os.environ), pytest.raises(UserError, match=said):
+            restore(saved, Place(cluster=True))
 
 
 def test_a_folder_of_the_clusters_machines_is_not_looked_for_here(original, tmp_path, monkeypatch):

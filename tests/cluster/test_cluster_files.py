@@ -177,6 +177,13 @@ class TestDocker:
         seen = subprocess.run([*before, "env"], env=os.environ | head["environment"], capture_output=True, text=True)
         assert seen.returncode == 0 and "RAY_ADDRESS" not in seen.stdout and "RAY_AUTH_MODE=token" in seen.stdout
 
+    def test_object_stores_of_compose_have_room_in_shared_memory(self, monkeypatch):
+        services = yaml.safe_load((CLUSTER / "docker" / "compose.yaml").read_text())["services"]
+        for name in ("head", "worker"):
+            given = [word.partition("=")[2] for word in services[name]["command"] if "object-store-memory" in word]
+            room = size(services[name]["shm_size"])
+            assert object_store(next(iter(given), None), 64 * 2**30, room, monkeypatch) <= room, name
+
     def test_compose_takes_it(self):
         docker = program("docker")
         if subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
@@ -186,6 +193,19 @@ class TestDocker:
         words = [docker, "compose", "-f", CLUSTER / "docker" / "compose.yaml", "config", "--quiet"]
         done = subprocess.run(words, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
+
+
+def size(told: str) -> int:
+    """Bytes of 2Gi, as Kubernetes writes it, or 2gb, as Docker does."""
+    return int(told.rstrip("Gigb")) * 2**30
+
+
+def object_store(given: str | None, memory: int, room: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    """How large Ray makes it, on a disk where /dev/shm has less room."""
+    from ray._private import utils
+
+    monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda: room)
+    return utils.resolve_object_store_memory(memory, int(given) if given else None)
 
 
 @cache
@@ -238,6 +258,15 @@ class TestKubernetes:
                 assert places[mounts["/dev/shm"]]["emptyDir"]["medium"] == "Memory"
             else:
                 assert container["readinessProbe"] and container["livenessProbe"]
+
+    def test_object_stores_have_room_in_shared_memory(self, name, monkeypatch):
+        cluster = cluster_of(name)
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            [container] = group["template"]["spec"]["containers"]
+            [shm] = [v["emptyDir"] for v in group["template"]["spec"]["volumes"] if v["name"] == "shm"]
+            given = group["rayStartParams"].get("object-store-memory")
+            room, memory = size(shm["sizeLimit"]), size(container["resources"]["limits"]["memory"])
+            assert object_store(given, memory, room, monkeypatch) <= room, group.get("groupName", "head")
 
     def test_pods_are_what_kubernetes_takes(self, name):
         validator = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
@@ -301,6 +330,17 @@ def test_a_job_and_a_service_have_clusters_of_their_own_and_make_no_other():
         }
     [container] = pods_of("job")["head"]["spec"]["containers"]
     assert container["image"] == "raymed:0.1.0"
+
+
+def test_a_service_beside_the_cluster_leaves_that_its_head():
+    """KubeRay names a head's Service after the cluster, or after the service that the cluster is of."""
+    [service] = rendered("serve")
+    [cluster] = [thing for thing in rendered("overlays/small") if thing["kind"] == "RayCluster"]
+    name = service["metadata"]["name"]
+    assert name != cluster["metadata"]["name"]
+    told = yaml.safe_load(service["spec"]["serveConfigV2"])["applications"][0]["args"]["access"]["hosts"]
+    assert f"{name}-serve-svc" in told
+    assert f"{name}-serve-svc:8000" in (CLUSTER / "kuberay" / "serve" / "kustomization.yaml").read_text()
 
 
 def test_the_service_is_what_serve_and_raymed_expect():

@@ -51,6 +51,22 @@ def test_a_pack_that_is_named_is_installed_over_what_was_installed(words, projec
     assert ".venv" not in told(project, *words)
 
 
+def test_an_environment_that_was_half_made_is_made_again(project, tmp_path):
+    """Debian without python3-venv leaves a Python without pip, and says what is missing."""
+    (project / ".venv/.installed").unlink()
+    python = tmp_path / "python"
+    half = 'mkdir -p "$3/bin"; printf "#!/bin/sh\\nexit 1\\n" > "$3/bin/python"; chmod 755 "$3/bin/python"'
+    python.write_text(f"#!/bin/sh\n{half}\necho ensurepip is not available >&2\nexit 1\n")
+    python.chmod(0o755)
+    for _ in range(2):
+        done = make(project, "install", f"PYTHON={python}")
+        assert done.returncode == 2 and "ensurepip is not available" in done.stderr
+    python.write_text(f"#!/bin/sh\n{half.replace('exit 1', 'exit 0')}\n")
+    for _ in range(2):
+        assert make(project, "install", f"PYTHON={python}").returncode == 0
+    assert (project / ".venv/.installed").exists()
+
+
 def test_other_targets_install_once(project):
     assert INSTALL not in told(project, "serve", "OFFLINE=../pack", "PYTHON=python3")
     (project / ".venv/.installed").unlink()

@@ -10,7 +10,10 @@ import httpx
 import pytest
 from nodes import free_port, wait_for
 
+from raymed.cluster import mlflow_server
 from raymed.cluster.mlflow_server import DATABASE, keep, take_back
+from raymed.config import UserError
+from raymed.storage import write_bytes
 
 USER, PASSWORD = "raymed", "only-in-this-test-123"
 
@@ -37,6 +40,11 @@ def insert(folder, *names: str) -> None:
 def runs(database) -> list[str]:
     with closing(sqlite3.connect(database)) as opened:
         return [name for (name,) in opened.execute("select name from runs")]
+
+
+def restore(folder, storage: str) -> None:
+    """As a backup's restore puts a database there."""
+    write_bytes(f"{storage}/mlflow/{DATABASE}", (folder / DATABASE).read_bytes())
 
 
 def test_a_database_that_is_written_to_is_kept_whole_and_taken_back(tmp_path, storage):
@@ -72,18 +80,59 @@ def test_a_restored_database_replaces_the_one_of_before(tmp_path, storage):
     insert(backup, "of the backup")
     insert(head, "of before")
     keep(head, storage)
-    keep(backup, storage)  # as a restore puts it there
+    restore(backup, storage)
     assert take_back(head, storage)
     assert runs(head / DATABASE) == ["of the backup"]
     keep(head, storage)
     assert runs(f"{storage}/mlflow/{DATABASE}") == ["of the backup"]
     right = machine(tmp_path, "right")
     insert(right, "of the right backup")
-    keep(right, storage)
+    restore(right, storage)
     assert take_back(head, storage), "the first backup was the wrong one"
     assert runs(head / DATABASE) == ["of the right backup"]
     replaced = sorted(runs(folder / DATABASE) for folder in (head / "replaced").iterdir())
     assert replaced == [["of before"], ["of the backup"]], "nothing of what stood there is lost"
+
+
+@pytest.mark.parametrize("has_kept", [False, True])
+def test_a_database_restored_beside_a_server_is_not_overwritten(tmp_path, storage, has_kept):
+    """It is the next start's, and the server's own is put aside then."""
+    head, backup = machine(tmp_path, "head"), machine(tmp_path, "backup")
+    insert(backup, "of the backup")
+    insert(head, "of the server")
+    if has_kept:
+        keep(head, storage)
+    restore(backup, storage)
+    for _ in range(2):
+        with pytest.raises(UserError, match="mlflow.db is not what this server took or brought there.*down and up"):
+            keep(head, storage)
+    assert runs(f"{storage}/mlflow/{DATABASE}") == ["of the backup"]
+    assert take_back(head, storage) and runs(head / DATABASE) == ["of the backup"]
+    [replaced] = (head / "replaced").iterdir()
+    assert runs(replaced / DATABASE) == ["of the server"]
+
+
+@pytest.mark.parametrize("arrives", [False, True])
+def test_a_copy_of_which_nobody_knows_whether_it_arrived_is_its_own(tmp_path, storage, arrives, monkeypatch):
+    """A bucket that did not answer."""
+    head = machine(tmp_path, "head")
+    insert(head, "first")
+    keep(head, storage)
+
+    def lost(place: str, data: bytes) -> None:
+        if arrives:
+            write_bytes(place, data)
+        raise OSError("no answer")
+
+    insert(head, "second")
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow_server, "write_bytes", lost)
+        for _ in range(2):
+            with pytest.raises(OSError, match="no answer"):
+                keep(head, storage)
+    assert not take_back(head, storage), "its own is newer, or the same"
+    keep(head, storage)
+    assert runs(f"{storage}/mlflow/{DATABASE}") == ["first", "second"]
 
 
 def test_a_head_that_was_head_before_goes_on_from_the_one_in_between(tmp_path, storage):

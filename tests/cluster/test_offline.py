@@ -171,6 +171,13 @@ def test_it_installs_by_itself(packed, tmp_path):
     assert done.returncode == 2 and "there is no pyproject.toml" in done.stderr
 
 
+def test_an_environment_that_was_half_made_is_made_again(packed, tmp_path):
+    """Debian without python3-venv leaves a Python without pip."""
+    subprocess.run([PYTHON, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    done = install(packed, tmp_path / "venv")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "said"),
     [

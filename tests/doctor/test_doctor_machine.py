@@ -1,5 +1,6 @@
 """This machine: libraries, memory, storage and disks, each with its fault."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -75,5 +76,21 @@ def test_a_storage_that_gives_back_something_else(tmp_path, monkeypatch):
     """A write that is lost without a word, as by a share that caches."""
     monkeypatch.setattr(storage, "write_atomic", lambda path, data: path.write_bytes(b"old"))
     with pytest.raises(UserError, match="gives back other bytes than were written"):
+        storage.try_storage(str(tmp_path))
+    assert [path for path in tmp_path.iterdir()] == []
+
+
+def test_a_storage_that_lets_no_folder_be_renamed(tmp_path, monkeypatch):
+    """As gcsfuse without a limit: a training would fail at its first checkpoint."""
+    rename = os.replace
+
+    def refuse(old: Path, new: Path) -> None:
+        if os.path.isdir(old):
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "replace", refuse)
+    said = "lets no folder be renamed \\(Too many open files\\).* mount a bucket with gcsfuse --rename-dir-limit 1000"
+    with pytest.raises(UserError, match=said):
         storage.try_storage(str(tmp_path))
     assert [path for path in tmp_path.iterdir()] == []

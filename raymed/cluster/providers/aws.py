@@ -1,4 +1,4 @@
-"""On AWS: an on-demand head, spot GPU workers, S3. What the account needs once is in cluster/aws-once.yaml.
+"""On AWS: an on-demand head, spot GPU workers, S3. What the account needs once a region is in cluster/aws-once.yaml.
 
 No port is open to anybody: SSH, dashboard and MLflow come through AWS's Session Manager. Machines have roles, no keys.
 """
@@ -19,8 +19,8 @@ from raymed.cluster.state import Cluster
 from raymed.config import UserError
 
 _ONCE = (
-    "aws cloudformation deploy --stack-name raymed --template-file cluster/aws-once.yaml --capabilities "
-    "CAPABILITY_NAMED_IAM --parameter-overrides Bucket=BUCKET Vpc=VPC"
+    "aws cloudformation deploy --region {region} --stack-name raymed --template-file cluster/aws-once.yaml "
+    "--capabilities CAPABILITY_NAMED_IAM --parameter-overrides Bucket=BUCKET Vpc=VPC"
 )
 _KEY = re.compile("raymed-[0-9a-f]{8}")
 _PROGRAMS = {
@@ -162,7 +162,8 @@ def _network(session: Any) -> tuple[str, list[str]]:
     ec2 = session.client("ec2")
     groups = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["raymed"]}])["SecurityGroups"]
     if len(groups) != 1:
-        raise UserError(f"{session.region_name} has {len(groups)} security groups named raymed, not one. Once: {_ONCE}")
+        once = _ONCE.format(region=session.region_name)
+        raise UserError(f"{session.region_name} has {len(groups)} security groups named raymed, not one. Once: {once}")
     _closed(groups[0])
     within = [{"Name": "vpc-id", "Values": [groups[0]["VpcId"]]}]
     subnets = ec2.describe_subnets(Filters=within)["Subnets"]
@@ -184,11 +185,12 @@ def _closed(group: dict[str, Any]) -> None:
 def _profiles(session: Any) -> None:
     from botocore.exceptions import ClientError
 
-    for name in ("raymed-head", "raymed-worker"):
+    region = session.region_name
+    for name in (f"raymed-head-{region}", f"raymed-worker-{region}"):
         try:
             session.client("iam").get_instance_profile(InstanceProfileName=name)
         except ClientError as error:
-            raise UserError(f"no instance profile {name} ({error}). Once: {_ONCE}") from None
+            raise UserError(f"no instance profile {name} ({error}). Once: {_ONCE.format(region=region)}") from None
 
 
 def _name_key(content: dict[str, Any]) -> None:

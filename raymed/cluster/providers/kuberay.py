@@ -5,6 +5,7 @@ and the token are secrets of the namespace; here they lie in the state's folder,
 """
 
 import base64
+import hashlib
 import json
 import os
 import secrets
@@ -30,6 +31,7 @@ _CRD = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions/rayclusters.ray.
 _HELM = "helm install kuberay-operator kuberay/kuberay-operator --version 1.7.0"
 _OURS = {"app.kubernetes.io/part-of": "raymed"}
 _KINDS = "rayclusters.ray.io,deployments,services,networkpolicies,serviceaccounts,configmaps,secrets"
+_TOKEN = "auth_token"
 _FIRST = {"image": "raymed:0.1.0", "size": "small"}
 _AGAIN = "python -m raymed.cluster up kuberay, with the flags of the first time, brings it up to date"
 _WAIT = "900s"  # an image of several GB is pulled
@@ -64,7 +66,9 @@ class Config:
 
 def up(config: Config) -> Cluster:
     """Bring it up, or up to date. Raises UserError, before anything is made, for a missing kubectl, a cluster that is
-    up elsewhere, a Kubernetes that does not answer, and one without KubeRay."""
+    up elsewhere, a Kubernetes that does not answer, one without KubeRay, and for a cluster that is there with another
+    storage, image or size: its pods would keep that. Secrets may change; pods that are there have them when they start
+    again, MLflow's at once."""
     if not config.storage.startswith("s3://"):
         raise UserError(f"--storage must be s3://BUCKET/PREFIX, which all pods reach, got {config.storage!r}")
     need("kubectl", by={"kubectl": "apt install kubernetes-client, or from kubernetes.io"})
@@ -74,8 +78,11 @@ def up(config: Config) -> Cluster:
     check_place(before, place)
     kubectl = _kubectl(context, config.namespace)
     _check_operator(kubectl)
-    kept, lasting = _kept(kubectl, config.namespace), _lasting(config, before)
-    folder = written(config, lasting, kept)
+    lasting = _lasting(config, before)
+    is_there = _check_same(kubectl, config.namespace, lasting)
+    kept = _kept(kubectl, config.namespace)
+    own = _secrets(config, kept)
+    folder = written(config, lasting, own)
     tunnels = {name: port_for(before, name) for name in _FAR}
     cluster = Cluster(
         "kuberay",
@@ -86,25 +93,27 @@ def up(config: Config) -> Cluster:
     )
     state.save(cluster)
     _apply(kubectl, folder, config.namespace)
+    if is_there and own != kept:
+        again = " ".join([*kubectl, "delete", "pod", "--selector=ray.io/cluster=raymed"])
+        print(f"Ray's pods keep the old secrets until they start again, which ends what runs: {again}", flush=True)
     _told(kubectl, "wait", "--for=condition=HeadPodReady", "raycluster/raymed", f"--timeout={_WAIT}")
     _told(kubectl, "rollout", "status", "deployment/mlflow", f"--timeout={_WAIT}")
     return opened(cluster, _tunnels(cluster))
 
 
-def written(config: Config, lasting: Mapping[str, str], kept: Mapping[str, str]) -> Path:
+def written(config: Config, lasting: Mapping[str, str], own: Mapping[str, str]) -> Path:
     """A folder that kubectl can apply: an overlay of cluster/kuberay with this cluster's image, settings and secrets.
     Its folders job and serve are to be applied by the user, and have the same image and namespace.
 
-    lasting: image and size. kept: the secrets that are there: what is applied takes the place of all of them.
+    lasting: storage, image and size, by which the next `up` knows them. own: all secrets, which take the place of those
+    that are there.
     """
     folder = state.folder() / "kuberay"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     folder.chmod(0o700)
-    given = read_variables(config.secrets, "--secrets") if config.secrets else kept
-    own = {**given, **_made(kept)}
-    token = own.pop("auth_token")
-    write_private(folder / "secret.env", "".join(f"{name}={value}\n" for name, value in own.items()))
-    write_private(folder / "ray.token", token)
+    lines = [f"{name}={value}\n" for name, value in own.items() if name != _TOKEN]
+    write_private(folder / "secret.env", "".join(lines))
+    write_private(folder / "ray.token", own[_TOKEN])
     name, _, tag = lasting["image"].rpartition(":")
     if not name or "/" in tag:
         raise UserError(f"--image must be NAME:TAG, got {lasting['image']!r}")
@@ -115,7 +124,12 @@ def written(config: Config, lasting: Mapping[str, str], kept: Mapping[str, str])
         "configMapGenerator": [{"name": "raymed", "literals": [f"{k}={v}" for k, v in _settings(config).items()]}],
         "secretGenerator": [
             {"name": "raymed", "envs": ["secret.env"]},
-            {"name": "raymed-token", "files": ["auth_token=ray.token"]},
+            {"name": "raymed-token", "files": [f"{_TOKEN}=ray.token"]},
+        ],
+        "patches": [
+            _annotated("RayCluster", "/metadata", {f"raymed/{name}": value for name, value in lasting.items()}),
+            # By this Kubernetes starts MLflow again where they have changed.
+            _annotated("Deployment", "/spec/template/metadata", {"raymed/secrets": _digest(own)}),
         ],
     }
     _write_kustomization(folder, FILES / "overlays" / lasting["size"], common | content)
@@ -198,9 +212,25 @@ def _check_operator(kubectl: Sequence[str]) -> None:
 
 
 def _lasting(config: Config, before: Cluster | None) -> dict[str, str]:
-    """Image and size: those that are given, else those of the last `up`: a flag left out resizes nothing."""
+    """Storage, and image and size: those that are given, else those of the last `up`: a flag left out resizes
+    nothing."""
     facts = before.facts if before else {}
-    return {name: getattr(config, name) or facts.get(name) or first for name, first in _FIRST.items()}
+    others = {name: getattr(config, name) or facts.get(name) or first for name, first in _FIRST.items()}
+    return {"storage": config.storage.rstrip("/"), **others}
+
+
+def _check_same(kubectl: Sequence[str], namespace: str, lasting: Mapping[str, str]) -> bool:
+    """Whether the cluster is there. Raises UserError where it was brought up with other flags, and where nobody can
+    say."""
+    path = f"/apis/ray.io/v1/namespaces/{namespace}/rayclusters/raymed"
+    there = _found(kubectl, path, f"the RayCluster raymed of namespace {namespace}")
+    was = there["metadata"].get("annotations", {}) if there else {}
+    if changed := [f"--{name}" for name, value in lasting.items() if was.get(f"raymed/{name}", value) != value]:
+        raise UserError(
+            f"the cluster runs, and was brought up with other {', '.join(changed)}; to change that ends what runs: "
+            "python -m raymed.cluster down, then up"
+        )
+    return there is not None
 
 
 def _kept(kubectl: Sequence[str], namespace: str) -> dict[str, str]:
@@ -208,21 +238,43 @@ def _kept(kubectl: Sequence[str], namespace: str) -> dict[str, str]:
     their place."""
     kept: dict[str, str] = {}
     for name in ("raymed", "raymed-token"):
-        done = _run(kubectl, "get", "--raw", f"/api/v1/namespaces/{namespace}/secrets/{name}")
-        if done.returncode == 0:
-            data = json.loads(done.stdout).get("data") or {}
-            kept |= {key: base64.b64decode(value).decode() for key, value in data.items()}
-        elif "NotFound" not in done.stderr:
-            raise UserError(f"kubectl cannot read the secret {name} of namespace {namespace}: {_last(done.stderr)}")
+        path = f"/api/v1/namespaces/{namespace}/secrets/{name}"
+        found = _found(kubectl, path, f"the secret {name} of namespace {namespace}") or {}
+        kept |= {key: base64.b64decode(value).decode() for key, value in (found.get("data") or {}).items()}
     return kept
+
+
+def _found(kubectl: Sequence[str], path: str, what: str) -> dict[str, Any] | None:
+    """A thing of Kubernetes, None where it is not there. Raises UserError where that cannot be said."""
+    done = _run(kubectl, "get", "--raw", path)
+    if done.returncode and "NotFound" not in done.stderr:
+        raise UserError(f"kubectl cannot read {what}: {_last(done.stderr)}")
+    return None if done.returncode else json.loads(done.stdout)
+
+
+def _secrets(config: Config, kept: Mapping[str, str]) -> dict[str, str]:
+    """All that the namespace is to have: the user's, of the file or else as they are, and raymed's own."""
+    given = read_variables(config.secrets, "--secrets") if config.secrets else kept
+    return {**given, **_made(kept)}
+
+
+def _digest(own: Mapping[str, str]) -> str:
+    """Tells nobody what they are: the token among them cannot be guessed."""
+    return hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
 
 
 def _made(kept: Mapping[str, str]) -> dict[str, str]:
     """Every secret that raymed makes, new where it is not kept."""
-    made = {"MLFLOW_TRACKING_USERNAME": "raymed", "auth_token": kept.get("auth_token") or secrets.token_hex(32)}
+    made = {"MLFLOW_TRACKING_USERNAME": "raymed", _TOKEN: kept.get(_TOKEN) or secrets.token_hex(32)}
     for name in ("MLFLOW_TRACKING_PASSWORD", "RAYMED_SERVE_TOKEN"):
         made[name] = kept.get(name) or secrets.token_urlsafe(24)
     return made
+
+
+def _annotated(kind: str, where: str, values: Mapping[str, str]) -> dict[str, Any]:
+    """A patch that annotates what has no annotations yet."""
+    add = {"op": "add", "path": f"{where}/annotations", "value": dict(values)}
+    return {"target": {"kind": kind}, "patch": json.dumps([add])}
 
 
 def _write_kustomization(folder: Path, base: Path, content: Mapping[str, Any]) -> None:

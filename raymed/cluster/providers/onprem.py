@@ -102,9 +102,9 @@ def up(config: Config) -> Cluster:
 
     Raises UserError, for all hosts at once and before anything is written to one of them: for one that cannot be
     reached or used, belongs to another cluster, lacks a bundle of certificates that it is to use, or has no Python or
-    other versions. Later, but before a service is
-    stopped or started, for storage that a host cannot write or does not share; at last, for a head that a host cannot
-    reach; `down` then ends what there is. What is not in the list and cannot be ended is remembered, and told of.
+    other versions. Later, but before a service is stopped or started, for what --install cannot make the same, and for
+    storage that a host cannot write or does not share; at last, for a head that a host cannot reach; `down` then ends
+    what there is. What is not in the list and cannot be ended is remembered, and told of.
     """
     names, before = config.names(), state.load()
     check_here(config.key, config.ssh_config)
@@ -114,7 +114,7 @@ def up(config: Config) -> Cluster:
     machines = _usable(config, names, number)
     cluster = _planned(config, before, machines, number)
     _check_bundles(cluster, machines)
-    state.save(_untried(cluster, before) if before else cluster)
+    state.save(onprem_environment.untried(cluster, before) if before else cluster)
     if config.install:
         _install(config, machines)
     _put(config, cluster, machines)
@@ -151,6 +151,8 @@ def _usable(config: Config, names: Sequence[str], number: str) -> list[Machine]:
     addresses = [machine.address for machine in machines]
     if len(set(addresses)) < len(addresses):
         raise UserError(f"two hosts are one machine: {', '.join(f'{m.host.name} is {m.address}' for m in machines)}")
+    if not config.install:
+        onprem_host.check_pythons(machines, config.venv)
     return machines
 
 
@@ -185,12 +187,6 @@ def _planned(config: Config, before: Cluster | None, machines: Sequence[Machine]
     return cluster
 
 
-def _untried(cluster: Cluster, before: Cluster) -> Cluster:
-    """The cluster with the environment of before, until hosts have found the new one good."""
-    facts = cluster.facts | {"variables": before.facts.get("variables", {})}
-    return dataclasses.replace(cluster, environment=before.environment, facts=facts)
-
-
 def _check_bundles(cluster: Cluster, machines: Sequence[Machine]) -> None:
     """Raises UserError, for all hosts, for certificates that the services' user cannot read on one."""
     named = onprem_environment.bundles(cluster.facts["variables"])
@@ -219,6 +215,7 @@ def _install(config: Config, machines: list[Machine]) -> None:
 
     print("looking at each host's virtual environment; installing one takes minutes", flush=True)
     on_each(range(len(machines)), bring)
+    onprem_host.check_pythons(machines, config.venv)
 
 
 def _put(config: Config, cluster: Cluster, machines: Sequence[Machine]) -> None:

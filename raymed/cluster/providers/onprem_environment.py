@@ -4,6 +4,7 @@ and those that the user adds (`--environment`).
 The last ones are meant for the hosts: paths, proxies and interfaces there. Clients on this machine do not get them.
 """
 
+import dataclasses
 import os
 import secrets
 from collections.abc import Collection, Mapping
@@ -80,6 +81,12 @@ def check_free(variables: Collection[str], cluster: Cluster) -> None:
             f"--environment may not set {', '.join(taken)}: raymed does so itself, for a bucket from this shell's "
             "variables; leave these lines out"
         )
+
+
+def untried(cluster: Cluster, before: Cluster) -> Cluster:
+    """The cluster with the environment of before, until hosts have found the new one good."""
+    facts = cluster.facts | {"variables": before.facts.get("variables", {})}
+    return dataclasses.replace(cluster, environment=before.environment, facts=facts)
 
 
 def of_services(venv: str, cluster: Cluster) -> dict[str, str]:

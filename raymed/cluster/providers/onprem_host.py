@@ -13,7 +13,7 @@ import shlex
 import sys
 import tarfile
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 
@@ -47,8 +47,8 @@ echo "project=$(cat <project> 2>/dev/null)"
 exit 0
 """
 _PROBE = """
-import importlib.metadata as m, json, platform
-found = {"python": ".".join(platform.python_version_tuple()[:2])}
+import importlib.metadata as m, json, sys
+found = {"python": ".".join(map(str, sys.version_info[:3]))}
 for name in %s:
     try: found[name] = m.version(name)
     except m.PackageNotFoundError: pass
@@ -144,22 +144,19 @@ def survey(host: Host, venv: str) -> Machine:
 
 
 def own_versions() -> dict[str, str]:
-    """What every host must have the same of: this process's Python, Ray and raymed."""
-    return {
-        "python": f"{sys.version_info[0]}.{sys.version_info[1]}",
-        "ray": version("ray"),
-        "raymed": version("raymed"),
-    }
+    """This process's Python, Ray and raymed."""
+    return {"python": ".".join(map(str, sys.version_info[:3])), "ray": version("ray"), "raymed": version("raymed")}
 
 
 def check_versions(machine: Machine, venv: str) -> None:
-    """Raises UserError for a host without Python, with other versions than here, or without what MLflow needs."""
-    found, own = machine.versions, own_versions()
-    if not found:
+    """Raises UserError for a host without Python, with other versions than here, or without what MLflow needs. The last
+    number of Python's may be another one here: `check_pythons`."""
+    if not machine.versions:
         raise UserError(
             f"{machine.host.name}: there is no Python at {venv}/bin/python: give --install to make the virtual "
             "environment, or --venv where it is"
         )
+    found, own = _with_minor(machine.versions), _with_minor(own_versions())
     other = [
         f"{name} {found.get(name, 'missing')}, here {have}" for name, have in own.items() if found.get(name) != have
     ]
@@ -169,6 +166,24 @@ def check_versions(machine: Machine, venv: str) -> None:
         )
     if "flask-wtf" not in found:
         raise UserError(f"{machine.host.name}: MLflow in {venv} cannot ask for a password: pip install 'mlflow[auth]'")
+
+
+def _with_minor(versions: Mapping[str, str]) -> dict[str, str]:
+    return {**versions, "python": versions["python"].rpartition(".")[0]}
+
+
+def check_pythons(machines: Sequence[Machine], venv: str) -> None:
+    """Raises UserError for hosts with another Python than the first one, the head: Ray joins no node of another one,
+    be it in the last number alone."""
+    head = machines[0]
+    other = [machine for machine in machines if machine.versions["python"] != head.versions["python"]]
+    if other:
+        told = ", ".join(f"{machine.host.name} has {machine.versions['python']}" for machine in other)
+        raise UserError(
+            f"Python in {venv} must be the same on all hosts, and {head.host.name}, the head, has "
+            f"{head.versions['python']}, {told}: bring the same one to all, remove {venv} where it changes, and give "
+            "--install"
+        )
 
 
 @dataclass(frozen=True)
@@ -209,7 +224,8 @@ def install(machine: Machine, venv: str, python: str, wheels: str | None, wanted
     script = f"""set -e
         command -v {shlex.quote(python)} >/dev/null || {{
             echo "there is no {python} on it: install it, or name another one with --python" >&2; exit 1; }}
-        [ -x {venv}/bin/python ] || {{ mkdir -p {venv} && {shlex.quote(python)} -m venv {venv}; }}
+        {venv}/bin/python -m pip --version >/dev/null 2>&1 || {{  # there is none, or it was half made
+            mkdir -p {venv} && {shlex.quote(python)} -m venv {venv}; }}
         rm -f {venv}/{_INSTALLED}
         source=$(mktemp -d); trap 'rm -rf "$source"' EXIT
         tar -x -z --no-same-owner -C "$source"

@@ -19,12 +19,12 @@ _PATIENCE = 5.0  # seconds; a job waits longer for a server that is down
 
 
 def tried(place: Place) -> Finding:
-    """A file of 1 MiB is written, read and deleted; in a folder a lock is taken too."""
+    """A file of 1 MiB is written, read and deleted; in a folder a lock is taken and a folder renamed too."""
     return ok(f"{try_storage(place.storage)}: 1 MiB written, read and deleted")
 
 
 def try_storage(storage: str | None) -> str:
-    """Write, read and delete; the storage's name. Raises UserError for what does not work."""
+    """Write, read, rename and delete; the storage's name. Raises UserError for what does not work."""
     if storage and storage.startswith("s3://"):
         return _try_bucket(storage.rstrip("/"))
     folder = resolve_storage(storage)
@@ -40,7 +40,28 @@ def try_storage(storage: str | None) -> str:
     finally:
         for left in (path, locked, locked.with_name(locked.name + ".pid")):
             left.unlink(missing_ok=True)
+    _try_rename(path)
     return str(folder)
+
+
+def _try_rename(path: Path) -> None:
+    """Rename a folder with a file in it, as each checkpoint is. Raises UserError where that is refused."""
+    made, renamed = path.with_suffix(".new"), path.with_suffix(".whole")
+    try:
+        made.mkdir()
+        write_atomic(made / "file", b"")
+        try:
+            os.replace(made, renamed)
+        except OSError as error:
+            raise UserError(
+                f"{path.parent} takes files and lets no folder be renamed ({error.strerror}), so no checkpoint can be "
+                "saved: mount a bucket with gcsfuse --rename-dir-limit 1000, or name another storage"
+            ) from error
+    except OSError as error:
+        raise not_written(made, error) from error
+    finally:
+        for left in (made, renamed):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _try_bucket(url: str) -> str:

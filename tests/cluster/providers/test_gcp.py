@@ -38,7 +38,7 @@ def test_flags_of_google_that_cannot_be(changes, said):
 @pytest.mark.skipif(find_spec("googleapiclient") is not None, reason="the package is there")
 def test_google_needs_a_package(monkeypatch):
     monkeypatch.setattr(gcp, "_project", lambda given: "project")
-    with pytest.raises(UserError, match="pip install 'raymed\\[gcp\\]'"):
+    with pytest.raises(UserError, match=r"pip install --editable '.\[gcp\]'"):
         gcp.prepare(gcp.Config(bucket="bucket", zone="europe-west4-a"))
 
 

@@ -86,7 +86,7 @@ def config(**changes: Any) -> kuberay.Config:
 
 def written(given: kuberay.Config, kept: dict[str, str]) -> Path:
     """The folder of a first `up`."""
-    return kuberay.written(given, kuberay._lasting(given, None), kept)
+    return kuberay.written(given, kuberay._lasting(given, None), kuberay._secrets(given, kept))
 
 
 def test_a_kubernetes_that_does_not_answer(tmp_path, monkeypatch):
@@ -200,6 +200,81 @@ def test_an_up_without_flags_changes_nothing(kubernetes, tmp_path):
     assert (groups, image) == (["cpu"], first[2])
 
 
+@pytest.fixture
+def runs(kubernetes, monkeypatch):
+    """Brings a cluster up. Whatever kubectl would apply is there then; returns that, by kind and name."""
+    kubernetes[CRD] = definition(secretName={})
+    monkeypatch.setattr(kuberay, "_told", lambda *words: None)
+    monkeypatch.setattr(kuberay, "opened", lambda cluster, tunnels: cluster)
+
+    def up(**flags: Any) -> dict[tuple[str, str], dict]:
+        found = {}
+
+        def apply(kubectl: list[str], folder: Path, namespace: str) -> None:
+            for thing in yaml.safe_load_all(kustomized(folder)):
+                found[thing["kind"], thing["metadata"]["name"]] = thing
+            at = f"namespaces/{namespace}"
+            kubernetes[f"/apis/ray.io/v1/{at}/rayclusters/raymed"] = found["RayCluster", "raymed"]
+            for name in ("raymed", "raymed-token"):
+                kubernetes[f"/api/v1/{at}/secrets/{name}"] = found["Secret", name]
+
+        monkeypatch.setattr(kuberay, "_apply", apply)
+        kuberay.up(config(**flags))
+        return found
+
+    return up
+
+
+def test_what_pods_that_run_would_not_get_is_refused(runs):
+    """KubeRay gives a new image to new workers alone, and leaves the head as it is."""
+    runs(image="registry.example/raymed:7")
+    first, folder = state.required(), state.folder() / "kuberay"
+    lay = {path: path.read_text() for path in folder.rglob("*") if path.is_file()}
+    for changes, told in {
+        ("image", "registry.example/raymed:8"): "--image",
+        ("size", "large"): "--size",
+        ("storage", "s3://other/prefix"): "--storage",
+    }.items():
+        with pytest.raises(
+            UserError, match=f"brought up with other {told}; to change that ends what runs: .*down, then"
+        ):
+            runs(**dict([changes]))
+    with pytest.raises(UserError, match="with other --storage, --size"):
+        runs(storage="s3://other", size="large")
+    assert state.required() == first and all(path.read_text() == text for path, text in lay.items())
+    again = runs(storage="s3://bucket/prefix/", image="registry.example/raymed:7", size="small")
+    assert again and runs(), "the same, or none"
+    state.forget()
+    with pytest.raises(UserError, match="with other --image"):  # another machine's, which is known there alone
+        runs()
+
+
+def test_rotated_secrets_reach_mlflow_at_once_and_for_the_others_it_is_told_how(runs, tmp_path, capsys):
+    def mlflow(found: dict[tuple[str, str], dict]) -> dict:
+        return found["Deployment", "mlflow"]["spec"]["template"]["metadata"]["annotations"]
+
+    (tmp_path / "keys").write_text("AWS_ACCESS_KEY_ID=ours\nAWS_SECRET_ACCESS_KEY=old\n")
+    first = runs(secrets=tmp_path / "keys")
+    assert mlflow(runs()) == mlflow(runs(secrets=tmp_path / "keys")) == mlflow(first), "it goes on"
+    assert "secrets" not in capsys.readouterr().out
+    (tmp_path / "keys").write_text("AWS_ACCESS_KEY_ID=ours\nAWS_SECRET_ACCESS_KEY=new\n")
+    second = runs(secrets=tmp_path / "keys")
+    assert mlflow(second) != mlflow(first)
+    delete = "kubectl --namespace=raymed --context=here delete pod --selector=ray.io/cluster=raymed"
+    assert f"keep the old secrets until they start again, which ends what runs: {delete}" in capsys.readouterr().out
+    passwords = [base64.b64decode(f["Secret", "raymed"]["data"]["MLFLOW_TRACKING_PASSWORD"]) for f in (first, second)]
+    assert passwords[0] == passwords[1]
+
+
+def test_a_cluster_that_cannot_be_looked_for_is_not_changed(kubernetes):
+    kubernetes[CRD] = definition(secretName={})
+    refused = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "Forbidden", "message": "no"}
+    kubernetes["/apis/ray.io/v1/namespaces/raymed/rayclusters/raymed"] = refused | {"code": 403}
+    with pytest.raises(UserError, match="cannot read the RayCluster raymed of namespace raymed: .*Forbidden"):
+        kuberay.up(config())
+    assert state.load() is None
+
+
 def test_secrets_that_cannot_be_read_are_not_replaced(kubernetes):
     kubernetes[CRD] = definition(secretName={})
     kubernetes["/api/v1/namespaces/raymed/secrets/raymed"] = {
@@ -284,7 +359,7 @@ def test_what_is_applied(size, tmp_path):
     things = list(yaml.safe_load_all(text))
     assert {thing["metadata"]["namespace"] for thing in things} == {"other"}
     assert all(thing["metadata"]["labels"]["app.kubernetes.io/part-of"] == "raymed" for thing in things)
-    assert text.count("image: registry.example:5000/raymed:7") == {"small": 3, "large": 4}[size]
+    assert text.count(" image: registry.example:5000/raymed:7") == {"small": 3, "large": 4}[size]
     settings = next(thing["data"] for thing in things if thing["kind"] == "ConfigMap")
     assert settings["RAYMED_HOME"] == "s3://bucket/prefix" and not [name for name in settings if "PASSWORD" in name]
     secret, token = (

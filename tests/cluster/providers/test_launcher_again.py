@@ -1,5 +1,5 @@
-"""AWS and Google Cloud, a cluster that is up: what a second `up` and `status` do to it. `ray` is a program that writes
-down its words."""
+"""AWS and Google Cloud, a cluster that is up: what a second `up`, `status` and `logs` do to it. `ray` is a program
+that writes down its words."""
 
 import sys
 from pathlib import Path
@@ -188,3 +188,20 @@ def test_parts_that_do_not_answer_are_said_to_be_down(tmp_path, monkeypatch):
     state.forget()
     assert [line.is_up for line in launcher.status(cluster)] == [True, False, False]
     assert state.load() is None, "what has been ended meanwhile is not brought back"
+
+
+def test_the_autoscalers_log_says_why_no_worker_comes(tmp_path, monkeypatch):
+    """What a cloud answers stands in monitor.log, and what is done to a machine in monitor.out."""
+    there = tmp_path / "ray" / "session_latest" / "logs"
+    there.mkdir(parents=True)
+    (there / "monitor.log").write_text("old\n" * 100 + "InsufficientInstanceCapacity: no g6.4xlarge\n")
+    (there / "monitor.err").touch()
+    (there / "monitor.out").write_text("node.sh: no route to pypi.org\n")
+    (tmp_path / "exec").write_text(  # ray exec --disable-usage-stats FILE COMMAND, on the head
+        f'#!/bin/bash\n[[ $4 == tail* ]] || exit 1\nexec bash -c "${{4//\\/tmp\\/ray/{tmp_path}/ray}}"\n'
+    )
+    (tmp_path / "exec").chmod(0o755)
+    monkeypatch.setattr(launcher, "_ray", lambda: str(tmp_path / "exec"))
+    told = launcher.logs(Cluster("aws", facts={"file": "aws.yaml"}))["autoscaler"]()
+    assert "InsufficientInstanceCapacity" in told and "no route to pypi.org" in told
+    assert told.count("old") == 39

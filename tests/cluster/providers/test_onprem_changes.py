@@ -31,6 +31,8 @@ class Hosts:
         self.projects: dict[str, str] = {}
         """What was installed on hosts."""
         self.installed: list[str] = []
+        self.pythons: dict[str, str] = {}
+        """Of hosts that have another one than this machine."""
 
     def run(self, host: ssh.Host, script: str, data: bytes = b"", seconds: float = 0.0) -> str:
         name = self.names.get(host.name, host.name)
@@ -67,7 +69,8 @@ class Hosts:
 
     def found(self, name: str) -> Mapping[str, object]:
         mark, owner = (*self.etc[name].get("raymed/cluster", "").splitlines(), "", "")[:2]
-        versions = json.dumps({**onprem_host.own_versions(), "flask-wtf": "1"})
+        own = onprem_host.own_versions()
+        versions = json.dumps(own | {"flask-wtf": "1", "python": self.pythons.get(name, own["python"])})
         machine = {"system": "Linux", "systemd": "yes", "root": "yes", "user": "root", "uid": 0, "gid": 0}
         own = {"mark": mark, "owner": owner, "versions": versions, "project": self.projects.get(name, "")}
         return machine | {"address": name} | own
@@ -109,6 +112,20 @@ def hosts(tmp_path, monkeypatch):
 
 def up(*names: str, **flags) -> state.Cluster:
     return onprem.up(onprem.Config("s3://bucket/raymed", names, **flags))
+
+
+@pytest.mark.parametrize("install", [False, True])
+def test_hosts_with_another_python_than_the_heads_are_told_of(hosts, install):
+    """Ray compares the last number too, and would join none of them. This machine's own does not matter."""
+    minor = onprem_host.own_versions()["python"].rpartition(".")[0]
+    hosts.pythons = dict.fromkeys("abc", f"{minor}.77")
+    up("a", "b", install=install)
+    hosts.stopped.clear()
+    hosts.pythons["b"] = hosts.pythons["c"] = f"{minor}.78"
+    said = f"a, the head, has {minor}.77, b has {minor}.78, c has {minor}.78: bring the same one to all"
+    with pytest.raises(UserError, match=said):
+        up("a", "b", "c", install=install)
+    assert hosts.stopped == [] and "c" not in hosts.ended
 
 
 def test_keys_that_the_bucket_does_not_take_stop_no_service(hosts, monkeypatch):

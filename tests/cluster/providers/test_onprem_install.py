@@ -40,9 +40,12 @@ def test_code_and_requirements_make_another_project(name, is_other, project):
 
 
 # A Python that tells the right versions, and whose pip keeps what it is to install, unless there is a file `broken`.
+# With a file `half` it has no pip.
 PYTHON = """#!/bin/sh
 home=$(dirname "$0")/..
 if [ "$1" = -c ]; then cat "$home/versions"; exit; fi
+if [ -e "$home/half" ]; then echo No module named pip >&2; exit 1; fi
+if [ "$3" = --version ]; then exit; fi
 for last; do :; done
 rm -rf "$home/kept"; cp -r "${last%\\[all\\]}" "$home/kept"
 [ ! -e "$home/broken" ]
@@ -94,3 +97,22 @@ def test_a_host_remembers_which_project_it_got(this_machine, project):
     install()
     (this_machine / "versions").write_text(json.dumps({**onprem_host.own_versions(), "ray": "2.1.0"}))
     assert not has_it(), "somebody has changed it since"
+
+
+def test_an_environment_that_was_half_made_is_made_again(this_machine, project, tmp_path):
+    """Debian without python3-venv leaves a Python without pip, and says what is missing."""
+    venv, python = str(this_machine), tmp_path / "python"
+    (this_machine / "half").touch()
+
+    def install() -> None:
+        machine = onprem_host.survey(ssh.Host("a"), venv)
+        onprem_host.install(machine, venv, str(python), None, onprem_host.project())
+
+    python.write_text("#!/bin/sh\necho ensurepip is not available >&2\nexit 1\n")
+    python.chmod(0o755)
+    for _ in range(2):
+        with pytest.raises(ssh.Failed, match="ensurepip is not available"):
+            install()
+    python.write_text('#!/bin/sh\nrm "$3/half"\n')
+    install()
+    assert (this_machine / "kept" / "raymed").is_dir()
