@@ -28,7 +28,8 @@ def overlay(case: Case, region: "Region", values: np.ndarray) -> "SCImage":
     place, method, answer = region.place, region.method, case.answer
     image = case.images[place]
     # What it says of the picture may be of the image's series: images of two series do not share one here.
-    series = {"series_instance_uid": case.series_uid("overlay", image.header.SeriesInstanceUID)}
+    common = case.common("overlay", place + 1, place, method)
+    common["series_instance_uid"] = case.series_uid("overlay", image.header.SeriesInstanceUID)
     blended = blend(image.pixels, values)
     made = SCImage(
         marked(blended, answer.model, case.version, method, answer.research_only, region.finding),
@@ -37,7 +38,7 @@ def overlay(case: Case, region: "Region", values: np.ndarray) -> "SCImage":
         coordinate_system="PATIENT",
         patient_orientation=("L", "F"),
         study_instance_uid=case.first.StudyInstanceUID,
-        **case.common("overlay", place + 1, place, method) | series,
+        **common,
     )
     made.copy_patient_and_study_information(image.header)
     made.PatientOrientation = image.header.get("PatientOrientation")
