@@ -49,6 +49,8 @@ class Store:
 
         for noisy in ("mlflow.store.db.utils", "alembic"):
             logging.getLogger(noisy).setLevel(logging.WARNING)  # they tell of every table they make
+        # It prints two lines for every run that ends, of a sweep hundreds; a job says once where its run is.
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         if uri.startswith(_SQLITE) and "?" not in uri:
             _make_database(Path(uri.removeprefix(_SQLITE)))
         self.client = MlflowClient(tracking_uri=uri)

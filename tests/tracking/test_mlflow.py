@@ -439,6 +439,7 @@ def test_a_server_that_comes_late_gets_everything_once(storage, server, capsys):
     assert _text(client, runs["trial"], "t.txt") == "t"
     experiment = client.get_experiment_by_name("exp").experiment_id
     assert tracker.where("trial") == f"{address}/#/experiments/{experiment}/runs/{runs['trial'].info.run_id}"
+    assert "/#/experiments/" not in capsys.readouterr().out, "MLflow's own lines, two a run"
     assert not os.listdir(storage / "outboxes")
 
 
