@@ -69,10 +69,9 @@ def calibration(path: Path, curves: Curves, figures: Figures) -> None:
         panels = list(zip(grid[::2].flat, grid[1::2].flat, strict=True))
         for position, (name, seeds) in enumerate(curves.items()):
             upper, lower = panels[position]
-            _reliability_panel(upper, lower, seeds, colour(position))
-            upper.set_title(name)
             ece = _with_interval("ECE", figures[name]["ece"]).replace(" [", "\n[")
-            upper.text(0.99, 0.03, ece, ha="right", fontsize=8, linespacing=1.3)
+            _reliability_panel(upper, lower, seeds, colour(position), ece)
+            upper.set_title(name)
         for upper, lower in panels[len(curves) :]:
             upper.remove()
             lower.remove()
@@ -219,7 +218,10 @@ def _mean_and_band(axes: Axes, curves: list[np.ndarray], color: str) -> None:
     axes.plot(GRID, mean, color=color)
 
 
-def _reliability_panel(upper: Axes, lower: Axes, seeds: Sequence[tuple[np.ndarray, np.ndarray]], color: str) -> None:
+def _reliability_panel(
+    upper: Axes, lower: Axes, seeds: Sequence[tuple[np.ndarray, np.ndarray]], color: str, told: str
+) -> None:
+    """told: a text of two lines, which stands below the diagonal, or above it where the curve runs through there."""
     count, score, observed = _reliability(seeds)
     count, seen = count / len(seeds), count > 0
     low, high = _wilson(observed[seen], count[seen])
@@ -227,6 +229,9 @@ def _reliability_panel(upper: Axes, lower: Axes, seeds: Sequence[tuple[np.ndarra
     upper.vlines(score[seen], low, high, color=color, alpha=0.45, linewidth=1)
     upper.plot(score[seen], observed[seen], color=color, marker="o", markersize=3.5)
     upper.set(xlim=(-0.01, 1.01), ylim=(-0.01, 1.01))
+    is_taken = bool(((score[seen] > 0.4) & (observed[seen] < 0.25)).any())
+    place: dict[str, Any] = {"ha": "left", "va": "top"} if is_taken else {"ha": "right", "va": "bottom"}
+    upper.text(*((0.02, 0.98) if is_taken else (0.99, 0.02)), told, fontsize=8, linespacing=1.3, **place)
     lower.bar((np.arange(NUM_BINS) + 0.5) / NUM_BINS, count, 0.9 / NUM_BINS, color=color)
     lower.set(yscale="log", ylim=(0.3, 2 * count.max()))
     lower.yaxis.set_major_formatter("{x:g}")

@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from raymed.report import calibration, cam_panel, figures, pr_roc, training_curves
-from raymed.report.style import BLUE, DPI, GREEN, ORANGE, VERMILION
+from raymed.report.style import BLUE, DPI, GREEN, ORANGE, VERMILION, figure
 
 FIGURE = {"mean": 0.9, "std": None, "n": 1, "ci_low": 0.85, "ci_high": 0.95}
 OF_METHOD = dict.fromkeys(("auroc", "auprc", "ece"), FIGURE)
@@ -75,6 +75,15 @@ def test_calibration(tmp_path):
     calibration(tmp_path / "calibration.png", curves, dict.fromkeys(curves, OF_METHOD))
     pixels = picture(tmp_path / "calibration.png")
     assert area(pixels, BLUE) > 1000 and area(pixels, ORANGE) > 1000 and area(pixels, GREEN) > 1000
+
+
+@pytest.mark.parametrize(("score", "expected"), [(0.2, (0.99, 0.02)), (0.6, (0.02, 0.98))])
+def test_what_is_told_of_a_calibration_hides_none_of_it(tmp_path, score, expected):
+    """A curve of scores that are too high runs where the text stands otherwise."""
+    with figure(tmp_path / "panel.png", 3, 4) as drawn:
+        upper, lower = drawn.subplots(2, 1)
+        figures._reliability_panel(upper, lower, [(np.full(20, score), np.arange(20) % 10 == 0)], BLUE, "ECE")
+        assert [text.get_position() for text in upper.texts] == [expected]
 
 
 def test_cam_panel_marks_correct_and_incorrect(tmp_path):
