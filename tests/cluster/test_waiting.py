@@ -50,7 +50,7 @@ def test_a_missing_node_is_waited_for_and_named(tmp_path):
             "waiting, 8 s at most: this needs 2 x 1 CPU; the cluster has 1 CPU (1 free) on 1 node(s)" in driver.said()
         )
         last = driver.said().strip().splitlines()[-1]
-        assert "UserError: this needs 2 x 1 CPU; the cluster has 1 CPU (1 free) on 1 node(s); lost: " in last
+        assert "NoRoom: this needs 2 x 1 CPU; the cluster has 1 CPU (1 free) on 1 node(s); lost: " in last
         assert "Start a node, or lower --compute.workers" in last and "the same command continues" in last
         assert not nodes.head.workers()
 
