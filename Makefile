@@ -20,7 +20,8 @@ $(VENV)/.installed: pyproject.toml
 ifdef OFFLINE
 	$(PYTHON) $(OFFLINE)/install.py $(VENV) --project .
 else
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)  # also one that was half made
+# A venv without pip was half made.
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 endif
 	touch $@
